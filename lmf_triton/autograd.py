@@ -1,0 +1,77 @@
+"""The autograd rule of the loss, the same for every backend: what is kept for backward, and who may overwrite it."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .options import LossOptions
+
+
+class LMFFunction(Function):
+    """Loss with an analytic gradient from ``backend``, which is the module ``gpu`` or ``cpu``.
+
+    With ``grad_in_forward`` the gradient for an upstream gradient of 1 is kept between forward and backward, and
+    nothing else; otherwise the inputs and a few floats a row are, and backward computes the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        target: Tensor,
+        margins: Tensor | None,
+        weight: Tensor | None,
+        options: LossOptions,
+        grad_in_forward: bool,
+        backend: ModuleType,
+    ) -> Tensor:
+        loss, grad, coefs = backend.forward(
+            logits, target, margins, weight, options, with_grad=grad_in_forward, with_coefs=not grad_in_forward
+        )
+        if grad_in_forward:
+            ctx.save_for_backward(grad)
+        else:
+            ctx.save_for_backward(logits, target, margins, weight, coefs)
+        ctx.options, ctx.grad_in_forward, ctx.backend = options, grad_in_forward, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        with torch.no_grad():
+            if ctx.grad_in_forward:
+                (grad,) = ctx.saved_tensors
+                # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it.
+                grad = ctx.backend.scale(grad, upstream, in_place=not _graph_is_kept())
+            else:
+                grad = ctx.backend.backward(*ctx.saved_tensors, upstream, ctx.options)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = _FirstOrderOnly.apply(grad, torch.empty(0, requires_grad=True))
+        return grad, None, None, None, None, None, None
+
+
+class _FirstOrderOnly(Function):
+    """Identity that makes the gradient require a gradient, and refuses to give it.
+
+    Without it, a gradient penalty would silently treat the gradient as a constant.
+    """
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, requires_grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        raise RuntimeError(
+            "lmf_loss has no second derivative: its gradient cannot be differentiated again "
+            "(double backward, as in gradient penalties or torch.autograd.gradgradcheck)"
+        )
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass in progress was called with retain_graph=True or create_graph=True."""
+    # PyTorch has no public name for this. Its own compiled backward asks the same question for the same reason:
+    # may a saved buffer be overwritten? Were the name to go away, "yes, kept" costs a copy and is always right.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()

@@ -1,0 +1,227 @@
+"""The loss by Triton kernels: allocation and launches. cpu.py is its counterpart with the same three functions."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import kernels, launch
+from .options import LossOptions
+
+# True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
+INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
+
+N_COEFS = 4  # floats a row from which backward_kernel recomputes the gradient
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor | None,
+    weight: Tensor | None,
+    options: LossOptions,
+    *,
+    with_grad: bool,
+    with_coefs: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and, where asked for, its gradient and the coefficients from which :func:`backward` recomputes it."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    per_row = options.reduction == "none"
+    grad = torch.empty_like(logits) if with_grad else None
+    coefs = logits.new_empty((*target.shape, N_COEFS), dtype=dtype) if with_coefs else None
+    if target.numel() == 0:
+        empty_value = float("nan") if options.is_mean else 0.0
+        loss = logits.new_full(target.shape if per_row else (), empty_value, dtype=dtype)
+        return loss, grad, coefs
+
+    n_classes, class_stride, row_strides = _axes(logits)
+    _, grad_class_stride, grad_row_strides = _axes(logits if grad is None else grad)
+    out_strides = launch.contiguous_strides(target.shape) if per_row or with_coefs else row_strides
+    layout = launch.row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
+    logits_strides, target_strides, out_strides, grad_row_strides = layout.strides
+    config = launch.forward_config(layout.n_groups, layout.n_rows, n_classes, dtype.itemsize)
+    n_programs = config.n_programs(layout.n_groups, layout.n_rows)
+    n_partials = n_programs * len(layout.offsets)
+
+    with _device_of(logits):
+        totals = None
+        if options.is_mean and n_partials > 1:
+            totals = _totals(target, weight, n_classes, options.ignore_index, dtype)
+        loss = logits.new_empty(target.shape if per_row else n_partials, dtype=dtype)
+        for i, (logits_at, target_at, out_at, grad_at) in enumerate(layout.offsets):
+            kernels.forward_kernel[(n_programs,)](
+                _from(logits, logits_at),
+                _from(target, target_at),
+                margins,
+                weight,
+                totals,
+                _from(loss, out_at if per_row else i * n_programs),
+                _from(grad, grad_at),
+                _from(coefs, N_COEFS * out_at),
+                *_float_arguments(options, dtype),
+                options.ignore_index,
+                layout.n_rows,
+                n_classes,
+                *logits_strides,
+                class_stride,
+                *target_strides,
+                *out_strides,
+                *grad_row_strides,
+                grad_class_stride,
+                HAS_LDAM=options.alpha != 0,
+                HAS_FOCAL=options.beta != 0,
+                UNIT_SCALE=options.scale == 1,
+                REDUCTION=options.reduction,
+                N_TOTALS=1 if totals is None else totals.shape[1],
+                BLOCK_ROWS=config.block_rows,
+                BLOCK_CLASSES=config.block_classes,
+                CLASS_BLOCKS=-(-n_classes // config.block_classes),
+                num_warps=config.num_warps,
+            )
+        if not per_row:
+            loss = loss.sum() if n_partials > 1 else loss.view(())
+    return loss, grad, coefs
+
+
+def backward(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor | None,
+    weight: Tensor | None,
+    coefs: Tensor,
+    upstream: Tensor,
+    options: LossOptions,
+) -> Tensor:
+    """The gradient of the logits, recomputed from them and from what :func:`forward` kept of each row."""
+    grad = torch.empty_like(logits)
+    if target.numel() == 0:
+        return grad
+    n_classes, class_stride, row_strides = _axes(logits)
+    _, grad_class_stride, grad_row_strides = _axes(grad)
+    layout = launch.row_layout(
+        target.shape,
+        row_strides,
+        target.stride(),
+        coefs.stride()[:-1],
+        _row_strides(upstream, target),
+        grad_row_strides,
+    )
+    logits_strides, target_strides, coefs_strides, upstream_strides, grad_row_strides = layout.strides
+    config = launch.elementwise_config(layout.n_rows, n_classes, coefs.dtype.itemsize)
+    _, _, _, scale = _float_arguments(options, coefs.dtype)
+    with _device_of(logits):
+        for logits_at, target_at, coefs_at, upstream_at, grad_at in layout.offsets:
+            kernels.backward_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
+                _from(logits, logits_at),
+                _from(target, target_at),
+                _from(coefs, coefs_at),
+                _from(upstream, upstream_at),
+                _from(grad, grad_at),
+                scale,
+                options.ignore_index,
+                layout.n_rows,
+                n_classes,
+                *logits_strides,
+                class_stride,
+                *target_strides,
+                *coefs_strides,
+                *upstream_strides,
+                *grad_row_strides,
+                grad_class_stride,
+                PLAIN=options.beta != 0 or options.scale == 1,
+                SCALED=options.alpha != 0 and options.scale != 1,
+                BLOCK_ROWS=config.block_rows,
+                BLOCK_CLASSES=config.block_classes,
+                num_warps=config.num_warps,
+            )
+    return grad
+
+
+def scale(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
+    """``upstream * grad``, rounded once; in place, nothing is moved where the upstream gradient is exactly 1."""
+    out = grad if in_place else torch.empty_like(grad)
+    if grad.numel() == 0:
+        return out
+    if upstream.ndim == 0:
+        # One factor for a dense tensor: its memory is one long row.
+        n_classes, class_stride = grad.numel(), 1
+        layout = launch.row_layout((), (), ())
+    else:
+        n_classes, class_stride, row_strides = _axes(grad)
+        layout = launch.row_layout(upstream.shape, row_strides, upstream.stride())
+    grad_strides, upstream_strides = layout.strides
+    config = launch.elementwise_config(layout.n_rows, n_classes, upstream.dtype.itemsize)
+    with _device_of(grad):
+        for grad_at, upstream_at in layout.offsets:
+            kernels.scale_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
+                _from(grad, grad_at),
+                _from(upstream, upstream_at),
+                _from(out, grad_at),
+                layout.n_rows,
+                n_classes,
+                *grad_strides,
+                class_stride,
+                *upstream_strides,
+                IN_PLACE=in_place,
+                BLOCK_ROWS=config.block_rows,
+                BLOCK_CLASSES=config.block_classes,
+                num_warps=config.num_warps,
+            )
+    return out
+
+
+def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """``(2, programs)``: parts of the sum of weights and of the number of samples that take part."""
+    layout = launch.row_layout(target.shape, target.stride())
+    (strides,) = layout.strides
+    n_samples = layout.n_groups * layout.n_rows
+    n_programs, steps = launch.totals_grid(n_samples)
+    totals = target.new_empty((len(layout.offsets), 2, n_programs), dtype=dtype)
+    for part, (target_at,) in zip(totals, layout.offsets, strict=True):
+        kernels.totals_kernel[(n_programs,)](
+            _from(target, target_at),
+            weight,
+            part,
+            ignore_index,
+            n_samples,
+            layout.n_rows,
+            n_classes,
+            *strides,
+            ONE_GROUP=layout.n_groups == 1,
+            STEPS=steps,
+            BLOCK_ROWS=launch.TOTALS_BLOCK_ROWS,
+        )
+    return totals[0] if len(totals) == 1 else totals.sum(0)
+
+
+def _axes(logits: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """Number of classes, stride of the class axis, and strides of the sample axes."""
+    axis = min(logits.ndim - 1, 1)
+    strides = logits.stride()
+    return logits.shape[axis], strides[axis], strides[:axis] + strides[axis + 1 :]
+
+
+def _row_strides(upstream: Tensor, target: Tensor) -> tuple[int, ...]:
+    return upstream.stride() if upstream.ndim == target.ndim else (0,) * target.ndim
+
+
+def _from(tensor: Tensor | None, offset: int) -> Tensor | None:
+    """The tensor with its first element moved on by ``offset`` elements; its shape means nothing to a kernel."""
+    if tensor is None or offset == 0:
+        return tensor
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset)
+
+
+def _float_arguments(options: LossOptions, dtype: torch.dtype):
+    """alpha, beta, gamma, scale. Triton passes a float as float32, so float64 logits get them as constants."""
+    values = options.alpha, options.beta, options.gamma, options.scale
+    return tuple(map(tl.constexpr, values)) if dtype == torch.float64 and not INTERPRETED else values
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current device; make that the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

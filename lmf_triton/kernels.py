@@ -1,0 +1,404 @@
+"""The Triton kernels: loss and gradient in one pass over the logits, and three small kernels around it.
+
+Every kernel sees the logits as ``(group, row, class)``. A row is one sample; rows that lie a constant stride apart
+form a group. For ``(N, C)`` there is one group of N rows; for contiguous ``(N, C, H, W)`` a group is an image and its
+rows are the pixels, which are neighbours in memory. A tile is ``[BLOCK_ROWS, BLOCK_CLASSES]`` of one group.
+
+Numerics: every reduction runs over the classes other than the target ("the others"), and every exponent is a
+difference to their largest logit m. So neither 1 - p nor -log(p) is ever formed by a subtraction.
+
+Loops run to a compile-time bound: a power of two or a number of class blocks, so that few variants are compiled.
+"""
+
+import triton
+import triton.language as tl
+
+# Stands for infinity where inf would meet a factor 0: 0 * inf is NaN, 0 * BIG is 0. A constant that float32 holds.
+BIG = tl.constexpr(1e30)
+
+
+@triton.jit
+def _log1p(t):
+    """log(1 + t) for t in [0, 1]: the rounding error of w = 1 + t cancels in log(w) / (w - 1)."""
+    w = 1.0 + t
+    lost = w == 1.0
+    return tl.where(lost, t, tl.log(w) * (t / tl.where(lost, 1.0, w - 1.0)))
+
+
+@triton.jit
+def _softplus_and_sigmoid(z):
+    """softplus(z), softplus(-z), sigmoid(z) and sigmoid(-z) from one exponential that cannot overflow."""
+    t = tl.exp(-tl.abs(z))
+    log1p_t = _log1p(t)
+    larger = 1.0 / (1.0 + t)
+    smaller = t * larger
+    return (
+        tl.maximum(z, 0.0) + log1p_t,
+        tl.maximum(-z, 0.0) + log1p_t,
+        tl.where(z >= 0, larger, smaller),
+        tl.where(z >= 0, smaller, larger),
+    )
+
+
+@triton.jit
+def _ldam(v):
+    """LDAM of rows with scaled, margin-shifted gap v; and its derivative in v."""
+    nll, _, slope, _ = _softplus_and_sigmoid(v)
+    return nll, slope
+
+
+@triton.jit
+def _focal(u, gamma):
+    """Focal loss of rows with gap u = logsumexp(others) - x_y; and its derivative in u."""
+    u = tl.where(u < -BIG, -BIG, u)  # gamma = 0 at u = -inf: exp(-0 * inf) would be NaN
+    nll, neg_log_q, q, p = _softplus_and_sigmoid(u)  # -log p_y, -log(1 - p_y), 1 - p_y, p_y
+    factor = tl.exp(-gamma * neg_log_q)
+    p_nll = p * tl.where(nll > BIG, BIG, nll)  # tends to 0 as u grows: 0 * inf would be NaN
+    return factor * nll, factor * (gamma * p_nll + q)
+
+
+@triton.jit
+def _load_target(target_ptrs, row_mask, n_classes, ignore_index):
+    """Class of each row; whether the row takes part in the loss; whether its class is out of range."""
+    # Compared in int64 whatever is stored, so that no value of a narrow or wide type is mistaken for another.
+    target = tl.load(target_ptrs, mask=row_mask, other=0).to(tl.int64)
+    considered = row_mask & (target != ignore_index)
+    in_range = (target >= 0) & (target < n_classes)
+    return target, considered & in_range, considered & (in_range == 0)
+
+
+@triton.jit
+def _weight_of(weight_ptr, target, kept, dtype: tl.constexpr):
+    if weight_ptr is None:
+        return kept.to(dtype)
+    else:
+        return tl.load(weight_ptr + target, mask=kept, other=0.0).to(dtype)
+
+
+@triton.jit
+def _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr):
+    """A tile of logits, -inf at the target, in rows that do not take part, and outside the tensor."""
+    mask = row_mask[:, None] & (offs_c < n_classes)[None, :]
+    x = tl.load(logits_ptrs, mask=mask, other=-float("inf")).to(dtype)
+    return tl.where(kept[:, None] & (offs_c[None, :] != target[:, None]), x, -float("inf"))
+
+
+@triton.jit
+def _online_sum(total, gap, is_empty):
+    """One step of sum(exp(x - max)), given the gap between the new x and the maximum so far."""
+    e = tl.exp(-tl.abs(gap))
+    return tl.where(is_empty, total, tl.where(gap > 0, total * e + 1.0, total + e))
+
+
+@triton.jit
+def _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+    """A tile of the gradient. Where the tile's exponentials are at hand already, the compiler reuses them."""
+    grad = tl.zeros(gaps.shape, gaps.dtype)
+    if PLAIN:
+        grad += plain_coef[:, None] * tl.exp(gaps)
+    if SCALED:
+        grad += scaled_coef[:, None] * tl.exp(scale * gaps)
+    return tl.where(cols[None, :] == target[:, None], -slope[:, None], grad)
+
+
+@triton.jit
+def totals_kernel(
+    target_ptr,  # (group, row), any integer type
+    weight_ptr,  # (class) or None
+    totals_ptr,  # (2, program): sum of weights, number of samples
+    ignore_index,
+    n_samples,
+    n_rows,
+    n_classes,
+    target_stride_group,
+    target_stride_row,
+    ONE_GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Each program's part of the denominators of a mean: sum of weights and number of samples that take part."""
+    dtype: tl.constexpr = totals_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    weight_sum = tl.zeros([BLOCK_ROWS], dtype)
+    count = tl.zeros([BLOCK_ROWS], dtype)
+    for step in range(STEPS):
+        samples = (step * n_programs + program).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        if ONE_GROUP:
+            offs = samples * target_stride_row
+        else:
+            offs = (samples // n_rows) * target_stride_group + (samples % n_rows) * target_stride_row
+        target, kept, _ = _load_target(target_ptr + offs, samples < n_samples, n_classes, ignore_index)
+        weight_sum += _weight_of(weight_ptr, target, kept, dtype)
+        count += kept.to(dtype)
+    tl.store(totals_ptr + program, tl.sum(weight_sum))
+    tl.store(totals_ptr + n_programs + program, tl.sum(count))
+
+
+@triton.jit
+def forward_kernel(
+    logits_ptr,  # (group, row, class)
+    target_ptr,  # (group, row), any integer type
+    margins_ptr,  # (class) or None
+    weight_ptr,  # (class) or None
+    totals_ptr,  # (2, N_TOTALS) from totals_kernel; None: no mean, or this one tile holds all rows
+    loss_ptr,  # (group, row) for reduction "none", otherwise (program): the sum of its rows
+    grad_ptr,  # (group, row, class), or None: no gradient now
+    coefs_ptr,  # (group, row, 4), or None: nothing to recompute the gradient from
+    alpha,
+    beta,
+    gamma,
+    scale,
+    ignore_index,
+    n_rows,
+    n_classes,
+    logits_stride_group,
+    logits_stride_row,
+    logits_stride_class,
+    target_stride_group,
+    target_stride_row,
+    out_stride_group,  # of loss_ptr and, times 4, of coefs_ptr
+    out_stride_row,
+    grad_stride_group,
+    grad_stride_row,
+    grad_stride_class,
+    HAS_LDAM: tl.constexpr,  # alpha != 0
+    HAS_FOCAL: tl.constexpr,  # beta != 0
+    UNIT_SCALE: tl.constexpr,  # scale == 1: both terms share their exponentials
+    REDUCTION: tl.constexpr,
+    N_TOTALS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    CLASS_BLOCKS: tl.constexpr,  # 1: the tile stays in registers between loss and gradient
+):
+    """Loss of BLOCK_ROWS rows, with their gradient or the coefficients from which backward_kernel recomputes it."""
+    dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    PLAIN: tl.constexpr = HAS_FOCAL or UNIT_SCALE  # e^(x_j - m) is needed
+    SCALED: tl.constexpr = HAS_LDAM and not UNIT_SCALE  # e^(scale * (x_j - m)) is needed
+
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    group = (program // row_blocks).to(tl.int64)
+    rows = (program % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < n_rows
+    offs_c = tl.arange(0, BLOCK_CLASSES).to(tl.int64)
+
+    target_ptrs = target_ptr + group * target_stride_group + rows * target_stride_row
+    target, kept, out_of_range = _load_target(target_ptrs, row_mask, n_classes, ignore_index)
+    row_ptrs = logits_ptr + group * logits_stride_group + rows * logits_stride_row
+    x_y = tl.load(row_ptrs + target * logits_stride_class, mask=kept, other=0.0).to(dtype)
+
+    # Row statistics: m, the largest of the others, and the sums of their exponentials relative to m.
+    plain_sum = tl.zeros([BLOCK_ROWS], dtype)
+    scaled_sum = tl.zeros([BLOCK_ROWS], dtype)
+    if CLASS_BLOCKS == 1:
+        logits_ptrs = row_ptrs[:, None] + offs_c[None, :] * logits_stride_class
+        others = _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype)
+        m = tl.max(others, axis=1)
+        m = tl.where(m == -float("inf"), 0.0, m)
+        gaps = others - m[:, None]
+        if PLAIN:
+            plain_sum = tl.sum(tl.exp(gaps), axis=1)
+        if SCALED:
+            scaled_sum = tl.sum(tl.exp(scale * gaps), axis=1)
+    else:
+        # Each lane keeps the maximum and the sums of the classes that pass through it; the lanes meet at the end.
+        lane_max = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -float("inf"), dtype)
+        lane_plain = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+        lane_scaled = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+        for block in range(CLASS_BLOCKS):
+            cols = block * BLOCK_CLASSES + offs_c
+            logits_ptrs = row_ptrs[:, None] + cols[None, :] * logits_stride_class
+            others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
+            is_empty = others == -float("inf")
+            if PLAIN:
+                lane_plain = _online_sum(lane_plain, others - lane_max, is_empty)
+            if SCALED:
+                lane_scaled = _online_sum(lane_scaled, scale * (others - lane_max), is_empty)
+            lane_max = tl.maximum(lane_max, others)
+        m = tl.max(lane_max, axis=1)
+        m = tl.where(m == -float("inf"), 0.0, m)
+        gaps = lane_max - m[:, None]
+        if PLAIN:
+            plain_sum = tl.sum(lane_plain * tl.exp(gaps), axis=1)
+        if SCALED:
+            scaled_sum = tl.sum(lane_scaled * tl.exp(scale * gaps), axis=1)
+
+    # Weight of each row in the two terms: for the means, divided by the term's denominator.
+    weight = _weight_of(weight_ptr, target, kept, dtype)
+    ldam_weight = weight
+    focal_weight = weight
+    if REDUCTION == "mean" or REDUCTION == "mean_per_term":
+        if totals_ptr is None:
+            ldam_total = tl.sum(weight)
+            count = tl.sum(kept.to(dtype))
+        else:
+            offs_t = tl.arange(0, N_TOTALS)
+            ldam_total = tl.sum(tl.load(totals_ptr + offs_t))
+            count = tl.sum(tl.load(totals_ptr + N_TOTALS + offs_t))
+        focal_total = count if REDUCTION == "mean_per_term" else ldam_total
+        ldam_weight = weight / ldam_total
+        focal_weight = weight / focal_total
+
+    # Loss, and its slopes in the gaps. A target out of range has no class and an infinite x_y no softmax: NaN.
+    gap = tl.where(out_of_range | (x_y == float("inf")), float("nan"), m - x_y)
+    loss = tl.zeros([BLOCK_ROWS], dtype)
+    plain_slope = tl.zeros([BLOCK_ROWS], dtype)
+    scaled_slope = tl.zeros([BLOCK_ROWS], dtype)
+    if HAS_FOCAL:
+        focal, d_focal = _focal(gap + tl.log(plain_sum), gamma)
+        loss += beta * focal_weight * focal
+        plain_slope += beta * focal_weight * d_focal
+    if HAS_LDAM:
+        shifted = gap
+        if margins_ptr is not None:
+            shifted += tl.load(margins_ptr + target, mask=kept, other=0.0).to(dtype)
+        if UNIT_SCALE:
+            ldam, d_ldam = _ldam(shifted + tl.log(plain_sum))
+            plain_slope += alpha * ldam_weight * d_ldam
+        else:
+            ldam, d_ldam = _ldam(scale * shifted + tl.log(scaled_sum))
+            scaled_slope += alpha * ldam_weight * scale * d_ldam
+        loss += alpha * ldam_weight * ldam
+
+    # Ignored rows are exactly 0, whatever their logits and the denominators are.
+    active = kept | out_of_range
+    loss = tl.where(active, loss, 0.0)
+    plain_slope = tl.where(active, plain_slope, 0.0)
+    scaled_slope = tl.where(active, scaled_slope, 0.0)
+    slope = plain_slope + scaled_slope  # minus the gradient of x_y
+    plain_coef = plain_slope / tl.where(plain_sum == 0, 1.0, plain_sum)
+    scaled_coef = scaled_slope / tl.where(scaled_sum == 0, 1.0, scaled_sum)
+
+    if REDUCTION == "none":
+        tl.store(loss_ptr + group * out_stride_group + rows * out_stride_row, loss, mask=row_mask)
+    else:
+        total = tl.sum(loss)
+        if REDUCTION == "mean" or REDUCTION == "mean_per_term":
+            # 0 / 0 even where no row is left to divide.
+            if HAS_LDAM:
+                total = tl.where(ldam_total == 0, float("nan"), total)
+            if HAS_FOCAL:
+                total = tl.where(focal_total == 0, float("nan"), total)
+        tl.store(loss_ptr + program, total)
+
+    if coefs_ptr is not None:
+        row_coefs = coefs_ptr + 4 * (group * out_stride_group + rows * out_stride_row)
+        tl.store(row_coefs, m, mask=row_mask)
+        tl.store(row_coefs + 1, plain_coef, mask=row_mask)
+        tl.store(row_coefs + 2, scaled_coef, mask=row_mask)
+        tl.store(row_coefs + 3, slope, mask=row_mask)
+
+    if grad_ptr is not None:
+        grad_rows = grad_ptr + group * grad_stride_group + rows * grad_stride_row
+        if CLASS_BLOCKS == 1:
+            grad = _gradient(gaps, offs_c, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
+            grad_ptrs = grad_rows[:, None] + offs_c[None, :] * grad_stride_class
+            mask = row_mask[:, None] & (offs_c < n_classes)[None, :]
+            tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+        else:
+            # Backwards: the blocks read last are the likeliest to be in cache still.
+            for block in range(CLASS_BLOCKS):
+                cols = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES + offs_c
+                logits_ptrs = row_ptrs[:, None] + cols[None, :] * logits_stride_class
+                others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
+                gaps = others - m[:, None]
+                grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
+                grad_ptrs = grad_rows[:, None] + cols[None, :] * grad_stride_class
+                mask = row_mask[:, None] & (cols < n_classes)[None, :]
+                tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    logits_ptr,  # (group, row, class)
+    target_ptr,  # (group, row), any integer type
+    coefs_ptr,  # (group, row, 4) from forward_kernel
+    upstream_ptr,  # (group, row), strides 0 for a scalar
+    grad_ptr,  # (group, row, class)
+    scale,
+    ignore_index,
+    n_rows,
+    n_classes,
+    logits_stride_group,
+    logits_stride_row,
+    logits_stride_class,
+    target_stride_group,
+    target_stride_row,
+    coefs_stride_group,
+    coefs_stride_row,
+    upstream_stride_group,
+    upstream_stride_row,
+    grad_stride_group,
+    grad_stride_row,
+    grad_stride_class,
+    PLAIN: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """The gradient of one tile from the logits and each row's coefficients, times the upstream gradient."""
+    dtype: tl.constexpr = coefs_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
+    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    group = (program // class_blocks // row_blocks).to(tl.int64)
+    rows = (program // class_blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = (program % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    row_mask = rows < n_rows
+
+    target_ptrs = target_ptr + group * target_stride_group + rows * target_stride_row
+    target, kept, out_of_range = _load_target(target_ptrs, row_mask, n_classes, ignore_index)
+    active = kept | out_of_range
+    upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
+    upstream = tl.load(upstream_ptrs, mask=active, other=0.0).to(dtype)
+    row_coefs = coefs_ptr + group * coefs_stride_group + rows * coefs_stride_row
+    m = tl.load(row_coefs, mask=row_mask, other=0.0)
+    plain_coef = upstream * tl.load(row_coefs + 1, mask=row_mask, other=0.0)
+    scaled_coef = upstream * tl.load(row_coefs + 2, mask=row_mask, other=0.0)
+    slope = upstream * tl.load(row_coefs + 3, mask=row_mask, other=0.0)
+
+    logits_ptrs = logits_ptr + group * logits_stride_group + rows * logits_stride_row
+    logits_ptrs = logits_ptrs[:, None] + cols[None, :] * logits_stride_class
+    others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
+    gaps = others - m[:, None]
+    grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
+    grad_ptrs = grad_ptr + group * grad_stride_group + rows * grad_stride_row
+    grad_ptrs = grad_ptrs[:, None] + cols[None, :] * grad_stride_class
+    mask = row_mask[:, None] & (cols < n_classes)[None, :]
+    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_kernel(
+    grad_ptr,  # (group, row, class)
+    upstream_ptr,  # (group, row), strides 0 for a scalar
+    out_ptr,  # (group, row, class), strides of grad_ptr
+    n_rows,
+    n_classes,
+    grad_stride_group,
+    grad_stride_row,
+    grad_stride_class,
+    upstream_stride_group,
+    upstream_stride_row,
+    IN_PLACE: tl.constexpr,  # out_ptr is grad_ptr
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """out = upstream * grad. In place, a tile whose upstream gradients are all exactly 1 is not touched."""
+    program = tl.program_id(0)
+    class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
+    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    group = (program // class_blocks // row_blocks).to(tl.int64)
+    rows = (program // class_blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = (program % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    row_mask = rows < n_rows
+
+    upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
+    upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
+    n_changed = tl.sum((upstream != 1.0).to(tl.int32))
+    if (n_changed > 0) or not IN_PLACE:
+        offs = (group * grad_stride_group + rows * grad_stride_row)[:, None] + cols[None, :] * grad_stride_class
+        mask = row_mask[:, None] & (cols < n_classes)[None, :]
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
+        tl.store(out_ptr + offs, (upstream[:, None] * grad).to(out_ptr.dtype.element_ty), mask=mask)

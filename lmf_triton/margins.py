@@ -1,0 +1,86 @@
+"""From class counts to LDAM margins and class-balanced weights."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ldam_margins(
+    class_counts: Sequence[float] | Tensor, *, max_margin: float = 0.5, constant: float | None = None
+) -> Tensor:
+    """Label-distribution-aware margins ``C0 / n_j^(1/4)``: the rarer the class, the wider its margin.
+
+    Args:
+        class_counts: training samples of each class, ``(C,)``, in the order of the logits; finite and positive.
+        max_margin: margin of the rarest class, which sets C0; >= 0. LDAM's and LMF's authors take 0.5.
+        constant: C0 itself, instead of ``max_margin``; >= 0.
+
+    Returns:
+        ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor.
+
+    Raises:
+        TypeError: a count is not a number.
+        ValueError: a count is not finite and positive (its class is named), or a margin is negative or not finite.
+
+    References:
+        Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", 2019, section 3.
+    """
+    _check_not_negative("max_margin", max_margin)
+    raw = _counts(class_counts).pow(-0.25)
+    if constant is None:
+        margins = raw * (max_margin / raw.max())
+    else:
+        _check_not_negative("constant", constant)
+        margins = constant * raw
+    return margins.float()
+
+
+def class_balanced_weights(class_counts: Sequence[float] | Tensor, *, beta: float = 0.9999) -> Tensor:
+    """Weights ``(1 - beta) / (1 - beta^n_j)``, the inverse effective numbers of samples, normalised to sum to C.
+
+    Args:
+        class_counts: training samples of each class, ``(C,)``, in the order of the logits; finite and positive.
+        beta: in ``[0, 1)``. 0 weighs all classes equally; towards 1 the weights become inverse class frequencies.
+            (Not the coefficient ``beta`` of the focal term.)
+
+    Returns:
+        ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor.
+
+    Raises:
+        TypeError: a count is not a number.
+        ValueError: a count is not finite and positive (its class is named), or beta is outside ``[0, 1)``.
+
+    References:
+        Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, eq. 2 and section 4.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta!r}")
+    counts = _counts(class_counts)
+    # 1 - beta^n without cancellation: for n = 1 and beta near 1 it is 1 - beta.
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    weights = 1 / -torch.expm1(counts * log_beta)
+    return (weights * (len(weights) / weights.sum())).float()
+
+
+def _counts(class_counts: Sequence[float] | Tensor) -> Tensor:
+    """The class counts in float64, or an error that names the class at fault."""
+    try:
+        counts = torch.as_tensor(class_counts).detach().to(torch.float64)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise TypeError(f"class_counts must be numbers, one a class, got {class_counts!r}") from error
+    if counts.ndim != 1 or len(counts) == 0:
+        raise ValueError(f"class_counts must have shape (C,) with C >= 1, got {tuple(counts.shape)}")
+    for class_index, count in enumerate(counts.tolist()):
+        if not (math.isfinite(count) and count > 0):
+            raise ValueError(
+                f"class_counts must be finite and positive, got {count:g} for class {class_index}: "
+                "leave the class out, or give it the count 1"
+            )
+    return counts
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")

@@ -1,0 +1,81 @@
+"""The equations of the LMF loss, literally, in plain PyTorch with autograd's own backward.
+
+In float64 this is the oracle of the tests; in the logits' own dtype it is the "eager PyTorch" of every benchmark.
+No numerical tricks: `1 - p` cancels for confident samples, as it does in the code that people write by hand.
+
+Every function takes logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` and a target without the class axis.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _class_axis(logits: Tensor) -> int:
+    return 0 if logits.ndim == 1 else 1
+
+
+def _of_target(per_class: Tensor, target: Tensor) -> Tensor:
+    """``per_class[..., target, ...]`` along the class axis: one value a sample."""
+    axis = _class_axis(per_class)
+    return per_class.gather(axis, target.unsqueeze(axis)).squeeze(axis)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """``-log p_y`` of every sample, ``p = softmax(logits)``."""
+    return -_of_target(logits.log_softmax(_class_axis(logits)), target)
+
+
+def focal(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """``(1 - p_y)^gamma * (-log p_y)`` of every sample (Lin et al. 2017, eq. 4)."""
+    nll = cross_entropy(logits, target)
+    return (1 - torch.exp(-nll)) ** gamma * nll
+
+
+def ldam(logits: Tensor, target: Tensor, margins: Tensor | None, scale: float) -> Tensor:
+    """Cross-entropy of ``scale * (x_y - margin_y, x_others)`` for every sample (Cao et al. 2019, eq. 13)."""
+    if margins is not None:
+        axis = _class_axis(logits)
+        shift = torch.zeros_like(logits).scatter(
+            axis, target.unsqueeze(axis), margins.to(logits.dtype)[target].unsqueeze(axis)
+        )
+        logits = logits - shift
+    return cross_entropy(scale * logits, target)
+
+
+def lmf_loss(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.5,
+    scale: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """``w_y * (alpha * LDAM + beta * Focal)``, reduced (Sadi et al. 2022, eq. 3)."""
+    kept = target != ignore_index
+    target = torch.where(kept, target, 0).long()
+    w = torch.ones_like(target, dtype=logits.dtype) if weight is None else weight.to(logits.dtype)[target]
+    w = torch.where(kept, w, 0)
+
+    # A term with coefficient 0 is left out, so that an infinite loss does not turn into 0 * inf.
+    terms = []
+    if alpha != 0:
+        terms.append((alpha * ldam(logits, target, margins, scale), w.sum()))
+    if beta != 0:
+        terms.append((beta * focal(logits, target, gamma), kept.sum()))
+    terms = [(torch.where(kept, w * term, 0), denominator) for term, denominator in terms]
+
+    if reduction == "mean_per_term":
+        return sum(term.sum() / denominator for term, denominator in terms)
+    loss = sum(term for term, _ in terms)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / w.sum()
+    raise ValueError(f"unknown reduction {reduction!r}")
