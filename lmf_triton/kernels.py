@@ -15,6 +15,13 @@ import triton.language as tl
 
 # Stands for infinity where inf would meet a factor 0: 0 * inf is NaN, 0 * BIG is 0. A constant that float32 holds.
 BIG = tl.constexpr(1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp(x):
+    """exp for a whole tile: one multiplication and one instruction. Results below 2^-126 may be flushed to 0."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -59,12 +66,12 @@ def _focal(u, gamma):
 
 @triton.jit
 def _load_target(target_ptrs, row_mask, n_classes, ignore_index):
-    """Class of each row; whether the row takes part in the loss; whether its class is out of range."""
+    """Class of each row, whether the row takes part in the loss, and whether its class is out of range."""
     # Compared in int64 whatever is stored, so that no value of a narrow or wide type is mistaken for another.
     target = tl.load(target_ptrs, mask=row_mask, other=0).to(tl.int64)
     considered = row_mask & (target != ignore_index)
     in_range = (target >= 0) & (target < n_classes)
-    return target, considered & in_range, considered & (in_range == 0)
+    return target.to(tl.int32), considered & in_range, considered & (in_range == 0)
 
 
 @triton.jit
@@ -95,9 +102,9 @@ def _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN: 
     """A tile of the gradient. Where the tile's exponentials are at hand already, the compiler reuses them."""
     grad = tl.zeros(gaps.shape, gaps.dtype)
     if PLAIN:
-        grad += plain_coef[:, None] * tl.exp(gaps)
+        grad += plain_coef[:, None] * _exp(gaps)
     if SCALED:
-        grad += scaled_coef[:, None] * tl.exp(scale * gaps)
+        grad += scaled_coef[:, None] * _exp(scale * gaps)
     return tl.where(cols[None, :] == target[:, None], -slope[:, None], grad)
 
 
@@ -181,26 +188,26 @@ def forward_kernel(
     group = (program // row_blocks).to(tl.int64)
     rows = (program % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < n_rows
-    offs_c = tl.arange(0, BLOCK_CLASSES).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_CLASSES)
 
     target_ptrs = target_ptr + group * target_stride_group + rows * target_stride_row
     target, kept, out_of_range = _load_target(target_ptrs, row_mask, n_classes, ignore_index)
     row_ptrs = logits_ptr + group * logits_stride_group + rows * logits_stride_row
-    x_y = tl.load(row_ptrs + target * logits_stride_class, mask=kept, other=0.0).to(dtype)
+    x_y = tl.load(row_ptrs + target.to(tl.int64) * logits_stride_class, mask=kept, other=0.0).to(dtype)
 
     # Row statistics: m, the largest of the others, and the sums of their exponentials relative to m.
     plain_sum = tl.zeros([BLOCK_ROWS], dtype)
     scaled_sum = tl.zeros([BLOCK_ROWS], dtype)
     if CLASS_BLOCKS == 1:
-        logits_ptrs = row_ptrs[:, None] + offs_c[None, :] * logits_stride_class
+        logits_ptrs = row_ptrs[:, None] + offs_c[None, :].to(tl.int64) * logits_stride_class
         others = _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype)
         m = tl.max(others, axis=1)
         m = tl.where(m == -float("inf"), 0.0, m)
         gaps = others - m[:, None]
         if PLAIN:
-            plain_sum = tl.sum(tl.exp(gaps), axis=1)
+            plain_sum = tl.sum(_exp(gaps), axis=1)
         if SCALED:
-            scaled_sum = tl.sum(tl.exp(scale * gaps), axis=1)
+            scaled_sum = tl.sum(_exp(scale * gaps), axis=1)
     else:
         # Each lane keeps the maximum and the sums of the classes that pass through it; the lanes meet at the end.
         lane_max = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -float("inf"), dtype)
@@ -208,7 +215,7 @@ def forward_kernel(
         lane_scaled = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
         for block in range(CLASS_BLOCKS):
             cols = block * BLOCK_CLASSES + offs_c
-            logits_ptrs = row_ptrs[:, None] + cols[None, :] * logits_stride_class
+            logits_ptrs = row_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
             others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
             is_empty = others == -float("inf")
             if PLAIN:
@@ -220,9 +227,9 @@ def forward_kernel(
         m = tl.where(m == -float("inf"), 0.0, m)
         gaps = lane_max - m[:, None]
         if PLAIN:
-            plain_sum = tl.sum(lane_plain * tl.exp(gaps), axis=1)
+            plain_sum = tl.sum(lane_plain * _exp(gaps), axis=1)
         if SCALED:
-            scaled_sum = tl.sum(lane_scaled * tl.exp(scale * gaps), axis=1)
+            scaled_sum = tl.sum(lane_scaled * _exp(scale * gaps), axis=1)
 
     # Weight of each row in the two terms: for the means, divided by the term's denominator.
     weight = _weight_of(weight_ptr, target, kept, dtype)
@@ -293,18 +300,18 @@ def forward_kernel(
         grad_rows = grad_ptr + group * grad_stride_group + rows * grad_stride_row
         if CLASS_BLOCKS == 1:
             grad = _gradient(gaps, offs_c, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
-            grad_ptrs = grad_rows[:, None] + offs_c[None, :] * grad_stride_class
+            grad_ptrs = grad_rows[:, None] + offs_c[None, :].to(tl.int64) * grad_stride_class
             mask = row_mask[:, None] & (offs_c < n_classes)[None, :]
             tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
         else:
             # Backwards: the blocks read last are the likeliest to be in cache still.
             for block in range(CLASS_BLOCKS):
                 cols = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES + offs_c
-                logits_ptrs = row_ptrs[:, None] + cols[None, :] * logits_stride_class
+                logits_ptrs = row_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
                 others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
                 gaps = others - m[:, None]
                 grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
-                grad_ptrs = grad_rows[:, None] + cols[None, :] * grad_stride_class
+                grad_ptrs = grad_rows[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
                 mask = row_mask[:, None] & (cols < n_classes)[None, :]
                 tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -359,12 +366,12 @@ def backward_kernel(
     slope = upstream * tl.load(row_coefs + 3, mask=row_mask, other=0.0)
 
     logits_ptrs = logits_ptr + group * logits_stride_group + rows * logits_stride_row
-    logits_ptrs = logits_ptrs[:, None] + cols[None, :] * logits_stride_class
+    logits_ptrs = logits_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
     others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
     gaps = others - m[:, None]
     grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
     grad_ptrs = grad_ptr + group * grad_stride_group + rows * grad_stride_row
-    grad_ptrs = grad_ptrs[:, None] + cols[None, :] * grad_stride_class
+    grad_ptrs = grad_ptrs[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
     mask = row_mask[:, None] & (cols < n_classes)[None, :]
     tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -398,7 +405,7 @@ def scale_kernel(
     upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
     n_changed = tl.sum((upstream != 1.0).to(tl.int32))
     if (n_changed > 0) or not IN_PLACE:
-        offs = (group * grad_stride_group + rows * grad_stride_row)[:, None] + cols[None, :] * grad_stride_class
+        offs = (group * grad_stride_group + rows * grad_stride_row)[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
         mask = row_mask[:, None] & (cols < n_classes)[None, :]
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
         tl.store(out_ptr + offs, (upstream[:, None] * grad).to(out_ptr.dtype.element_ty), mask=mask)
