@@ -67,99 +67,97 @@ def _evaluate(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     margins = None if margins is None else margins.to(dtype)
     weight = None if weight is None else weight.to(dtype)
-    loss = torch.empty(target.shape, dtype=dtype)
     upstream = torch.ones((), dtype=dtype) if upstream is None else upstream
-    batch = [logits, target, loss, upstream.expand(target.shape), grad]
+    ldam, focal = torch.zeros((2, *target.shape), dtype=dtype)  # the weighted terms of each sample
+    tensors = logits, target, ldam, focal, upstream.expand(target.shape), grad
     if logits.ndim == 1:
-        batch = [t if t is None else t.unsqueeze(0) for t in batch]
-    chunks = _chunks(*batch)
+        tensors = (None if t is None else t.unsqueeze(0) for t in tensors)
+    chunks = _chunks(*tensors)
 
-    ldam_factor, focal_factor = options.alpha, options.beta
+    totals = None
     if options.is_mean:
-        # Tensors, so that a denominator of 0 gives inf and the loss 0 * inf = NaN, as in F.cross_entropy.
-        weight_total = torch.zeros((), dtype=dtype)
-        count = torch.zeros((), dtype=dtype)
+        weight_total, count = torch.zeros(2, dtype=torch.float64)
         for _, target_chunk, *_ in chunks:
             kept, classes = _classes(target_chunk, options.ignore_index)
+            weight_total += _weights(weight, classes, kept, dtype).sum(dtype=torch.float64)
             count += kept.sum()
-            weight_total += _weights(weight, classes, kept, dtype).sum()
-        ldam_factor = ldam_factor / weight_total
-        focal_factor = focal_factor / (count if options.reduction == "mean_per_term" else weight_total)
-
+        totals = weight_total, count if options.reduction == "mean_per_term" else weight_total
     for chunk in chunks:
-        _evaluate_chunk(*chunk, margins, weight, options, ldam_factor, focal_factor)
+        _evaluate_chunk(*chunk, margins, weight, options, totals)
+
     if options.reduction == "none":
-        return loss
-    loss = loss.sum()
-    if options.is_mean:
-        for coefficient, factor in (options.alpha, ldam_factor), (options.beta, focal_factor):
-            if coefficient != 0:
-                loss = loss + 0 * factor
-    return loss
+        return ldam.add_(focal)
+    if totals is None:
+        return ldam.add_(focal).sum(dtype=torch.float64).to(dtype)
+    # 0 / 0 = NaN where no sample is left, as in F.cross_entropy; a term whose coefficient is 0 has no say in that.
+    mean = torch.zeros((), dtype=torch.float64)
+    for coefficient, term, total in (options.alpha, ldam, totals[0]), (options.beta, focal, totals[1]):
+        if coefficient != 0:
+            mean += term.sum(dtype=torch.float64) / total
+    return mean.to(dtype)
 
 
 def _evaluate_chunk(
     logits: Tensor,
     target: Tensor,
-    loss: Tensor,
+    ldam: Tensor,
+    focal: Tensor,
     upstream: Tensor,
     grad: Tensor | None,
     margins: Tensor | None,
     weight: Tensor | None,
     options: LossOptions,
-    ldam_factor: float | Tensor,
-    focal_factor: float | Tensor,
+    totals: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Fill ``loss`` and ``grad`` for a few samples; the class axis is axis 1, all else are sample axes."""
-    dtype = loss.dtype
+    """Fill the terms and the gradient of a few samples; the class axis is axis 1, all others are sample axes."""
+    dtype = ldam.dtype
     has_ldam, has_focal, unit_scale = options.alpha != 0, options.beta != 0, options.scale == 1
     kept, classes = _classes(target, options.ignore_index)
     index = classes.unsqueeze(1)
 
-    # The largest logit m of the others, their distance to it, and the sums of their exponentials. A gradient of the
-    # arithmetic type is the work space of its own computation.
-    x_y = logits.gather(1, index).squeeze(1).to(dtype)
+    # Row statistics: m, the largest of the other logits, and the sums of their exponentials relative to m. A gradient
+    # of the arithmetic type is the work space of its own computation.
     gaps = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     gaps.copy_(logits).scatter_(1, index, -torch.inf)
     m = gaps.amax(1)
     m.masked_fill_(m == -torch.inf, 0)
     gaps.sub_(m.unsqueeze(1))
-    scaled = None if unit_scale or not has_ldam else gaps.mul(options.scale).exp_()
+    scaled = gaps.mul(options.scale).exp_() if has_ldam and not unit_scale else None
     plain = gaps.exp_() if has_focal or unit_scale else None
     plain_sum = None if plain is None else plain.sum(1)
     scaled_sum = None if scaled is None else scaled.sum(1)
 
-    # Loss, and its slopes in the gaps of the two kinds.
+    # The two terms, and their slopes in the gap between the others and the target. An infinite x_y has no softmax.
+    x_y = logits.gather(1, index).squeeze(1).to(dtype)
     gap = (m - x_y).masked_fill_(x_y == torch.inf, torch.nan)
     weights = _weights(weight, classes, kept, dtype)
-    loss.zero_()
-    plain_slope = torch.zeros_like(loss)
-    scaled_slope = torch.zeros_like(loss)
+    ldam_weights, focal_weights = (weights, weights) if totals is None else (weights / total for total in totals)
+    plain_slope = torch.zeros_like(ldam)
+    scaled_slope = torch.zeros_like(ldam)
     if has_focal:
-        focal, d_focal = _focal(gap + plain_sum.log(), options.gamma)
-        factor = focal_factor * weights
-        loss += factor * focal
-        plain_slope += factor * d_focal
+        value, slope = _focal(gap + plain_sum.log(), options.gamma)
+        torch.mul(weights, value, out=focal).mul_(options.beta)
+        plain_slope += slope.mul_(focal_weights).mul_(options.beta)
     if has_ldam:
         shifted = gap if margins is None else gap + margins[classes]
-        ldam, _, d_ldam, _ = _softplus_and_sigmoid(
-            shifted + plain_sum.log() if unit_scale else options.scale * shifted + scaled_sum.log()
-        )
-        factor = ldam_factor * weights
-        loss += factor * ldam
-        (plain_slope if unit_scale else scaled_slope).add_(factor * d_ldam, alpha=options.scale)
+        v = shifted + plain_sum.log() if unit_scale else options.scale * shifted + scaled_sum.log()
+        value, _, slope, _ = _softplus_and_sigmoid(v)
+        torch.mul(weights, value, out=ldam).mul_(options.alpha)
+        slope.mul_(ldam_weights).mul_(options.alpha * options.scale)
+        (plain_slope if unit_scale else scaled_slope).add_(slope)
     ignored = None if bool(kept.all()) else ~kept
-    if ignored is not None:
-        loss.masked_fill_(ignored, 0)
+    if ignored is not None:  # exactly 0, whatever their logits and the denominators are
+        ldam.masked_fill_(ignored, 0)
+        focal.masked_fill_(ignored, 0)
     if grad is None:
         return
 
-    result = torch.zeros((), dtype=dtype)
-    if plain is not None:
-        result = plain.mul_((upstream * plain_slope / _nonzero(plain_sum)).unsqueeze(1))
-    if scaled is not None:
-        scaled.mul_((upstream * scaled_slope / _nonzero(scaled_sum)).unsqueeze(1))
-        result = scaled if plain is None else result.add_(scaled)
+    parts = [
+        exponentials.mul_((upstream * slope / _nonzero(total)).unsqueeze(1))
+        for exponentials, slope, total in ((plain, plain_slope, plain_sum), (scaled, scaled_slope, scaled_sum))
+        if exponentials is not None
+    ]
+    result = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
     result.scatter_(1, index, (-upstream * (plain_slope + scaled_slope)).unsqueeze(1))
     if ignored is not None:
         result.masked_fill_(ignored.unsqueeze(1), 0)

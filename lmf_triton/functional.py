@@ -168,7 +168,7 @@ def _check_target_range(target: Tensor, n_classes: int, ignore_index: int) -> No
         return
     wide = target.long()  # uint8 has no -100, and would compare it as 156
     low, high = (int(bound) for bound in wide.aminmax())
-    if 0 <= low and high < n_classes:
+    if low >= 0 and high < n_classes:
         return
     wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
     if bool(wrong.any()):

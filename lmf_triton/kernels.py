@@ -231,7 +231,7 @@ def forward_kernel(
         if SCALED:
             scaled_sum = tl.sum(lane_scaled * _exp(scale * gaps), axis=1)
 
-    # Weight of each row in the two terms: for the means, divided by the term's denominator.
+    # A mean divides its gradient row by row, and its loss once, after the sum.
     weight = _weight_of(weight_ptr, target, kept, dtype)
     ldam_weight = weight
     focal_weight = weight
@@ -247,47 +247,51 @@ def forward_kernel(
         ldam_weight = weight / ldam_total
         focal_weight = weight / focal_total
 
-    # Loss, and its slopes in the gaps. A target out of range has no class and an infinite x_y no softmax: NaN.
-    gap = tl.where(out_of_range | (x_y == float("inf")), float("nan"), m - x_y)
-    loss = tl.zeros([BLOCK_ROWS], dtype)
+    # The two terms, and their slopes in the gap between the others and the target. Where there are no others (C = 1,
+    # or all at -inf) the gap is -inf. A target out of range has no class and an infinite x_y no softmax: NaN. Ignored
+    # rows are exactly 0, whatever their logits and the denominators are.
+    no_others = (plain_sum if PLAIN else scaled_sum) == 0
+    plain_sum = tl.where(no_others, 1.0, plain_sum)
+    scaled_sum = tl.where(no_others, 1.0, scaled_sum)
+    gap = tl.where(no_others, -float("inf"), m) - x_y
+    gap = tl.where(out_of_range | (x_y == float("inf")), float("nan"), gap)
+    active = kept | out_of_range
+    ldam = tl.zeros([BLOCK_ROWS], dtype)
+    focal = tl.zeros([BLOCK_ROWS], dtype)
     plain_slope = tl.zeros([BLOCK_ROWS], dtype)
     scaled_slope = tl.zeros([BLOCK_ROWS], dtype)
     if HAS_FOCAL:
-        focal, d_focal = _focal(gap + tl.log(plain_sum), gamma)
-        loss += beta * focal_weight * focal
-        plain_slope += beta * focal_weight * d_focal
+        value, slope = _focal(gap + tl.log(plain_sum), gamma)
+        focal = tl.where(active, beta * (weight * value), 0.0)
+        plain_slope += tl.where(active, beta * (focal_weight * slope), 0.0)
     if HAS_LDAM:
-        shifted = gap
         if margins_ptr is not None:
-            shifted += tl.load(margins_ptr + target, mask=kept, other=0.0).to(dtype)
+            gap += tl.load(margins_ptr + target, mask=kept, other=0.0).to(dtype)
+        value, slope = _ldam(gap + tl.log(plain_sum) if UNIT_SCALE else scale * gap + tl.log(scaled_sum))
+        ldam = tl.where(active, alpha * (weight * value), 0.0)
+        slope = tl.where(active, alpha * (ldam_weight * slope), 0.0)
         if UNIT_SCALE:
-            ldam, d_ldam = _ldam(shifted + tl.log(plain_sum))
-            plain_slope += alpha * ldam_weight * d_ldam
+            plain_slope += slope
         else:
-            ldam, d_ldam = _ldam(scale * shifted + tl.log(scaled_sum))
-            scaled_slope += alpha * ldam_weight * scale * d_ldam
-        loss += alpha * ldam_weight * ldam
-
-    # Ignored rows are exactly 0, whatever their logits and the denominators are.
-    active = kept | out_of_range
-    loss = tl.where(active, loss, 0.0)
-    plain_slope = tl.where(active, plain_slope, 0.0)
-    scaled_slope = tl.where(active, scaled_slope, 0.0)
+            scaled_slope += scale * slope
+    plain_coef = plain_slope / plain_sum
+    scaled_coef = scaled_slope / scaled_sum
     slope = plain_slope + scaled_slope  # minus the gradient of x_y
-    plain_coef = plain_slope / tl.where(plain_sum == 0, 1.0, plain_sum)
-    scaled_coef = scaled_slope / tl.where(scaled_sum == 0, 1.0, scaled_sum)
 
     if REDUCTION == "none":
-        tl.store(loss_ptr + group * out_stride_group + rows * out_stride_row, loss, mask=row_mask)
+        tl.store(loss_ptr + group * out_stride_group + rows * out_stride_row, ldam + focal, mask=row_mask)
+    elif REDUCTION == "mean_per_term":
+        loss = tl.zeros([], dtype)
+        if HAS_LDAM:
+            loss += tl.sum(ldam) / ldam_total
+        if HAS_FOCAL:
+            loss += tl.sum(focal) / focal_total
+        tl.store(loss_ptr + program, loss)
     else:
-        total = tl.sum(loss)
-        if REDUCTION == "mean" or REDUCTION == "mean_per_term":
-            # 0 / 0 even where no row is left to divide.
-            if HAS_LDAM:
-                total = tl.where(ldam_total == 0, float("nan"), total)
-            if HAS_FOCAL:
-                total = tl.where(focal_total == 0, float("nan"), total)
-        tl.store(loss_ptr + program, total)
+        loss = tl.sum(ldam + focal)
+        if REDUCTION == "mean":
+            loss = loss / ldam_total
+        tl.store(loss_ptr + program, loss)
 
     if coefs_ptr is not None:
         row_coefs = coefs_ptr + 4 * (group * out_stride_group + rows * out_stride_row)
@@ -405,7 +409,9 @@ def scale_kernel(
     upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
     n_changed = tl.sum((upstream != 1.0).to(tl.int32))
     if (n_changed > 0) or not IN_PLACE:
-        offs = (group * grad_stride_group + rows * grad_stride_row)[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
+        offs = (group * grad_stride_group + rows * grad_stride_row)[:, None] + cols[None, :].to(
+            tl.int64
+        ) * grad_stride_class
         mask = row_mask[:, None] & (cols < n_classes)[None, :]
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
         tl.store(out_ptr + offs, (upstream[:, None] * grad).to(out_ptr.dtype.element_ty), mask=mask)

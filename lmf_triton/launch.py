@@ -7,19 +7,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-# Elements of a forward tile. A thread keeps its part of the tile in registers from load to store; at 32 float32
-# values a thread there is room for addresses and masks within 128 registers, so that 16 warps share a multiprocessor.
-ELEMENTS_PER_THREAD = 32
+# A warp takes 1024 elements of 4 bytes, 32 a thread: with addresses and masks they stay within 128 registers.
+WARP_ELEMENTS = 1024
 MAX_WARPS = 16
-# Longest row in one tile, by bytes of the arithmetic type. Beyond it the classes are looped over.
+# Longest row in one tile, by bytes of the arithmetic type; it fills MAX_WARPS warps twice and compiles for sm_90
+# without spilling. Longer rows are looped over.
 MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
-# Tile of rows shorter than it, and of each step of the loop over classes.
-SMALL_TILE = 4096
-# A batch whose whole tile is at most this big is one program: no separate pass for the denominators of a mean.
-MAX_SINGLE_PROGRAM_TILE = 8192
-# Elements of a tile of the elementwise kernels (backward, scale).
+# Rows of at most this many classes share a program. Elements of their tile: a 16-byte vector of bfloat16 for each
+# thread of 4 warps, so that where rows are aligned a thread sees one row and computes its loss once.
+MAX_SHORT_CLASSES = 256
+SHORT_ROWS_TILE = 1024
+# Where neighbouring rows, not classes, are neighbours in memory: at least 16 rows a tile fill 32-byte sectors.
+STRIDED_TILE = 4096
+MAX_STRIDED_TILE = 16384
+MIN_STRIDED_ROWS = 16
+# Tile of one step of a loop over classes.
+LOOP_TILE = 4096
+# A batch whose tile is at most this big is one program: its means need no pass over the targets beforehand.
+MAX_SINGLE_PROGRAM_TILE = 2048
+# Tile of the elementwise kernels (backward, scale).
 ELEMENTWISE_TILE = 4096
-# Rows of one step of the pass over the targets, and the most programs that share the pass.
+# Samples of one step of the pass over the targets, and the most programs that share the pass.
 TOTALS_BLOCK_ROWS = 1024
 MAX_TOTALS_PROGRAMS = 128
 
@@ -83,17 +91,26 @@ class LaunchConfig:
 
 
 @lru_cache(maxsize=4096)
-def forward_config(n_groups: int, n_rows: int, n_classes: int, itemsize: int) -> LaunchConfig:
-    """Tile of ``forward_kernel`` for arithmetic of ``itemsize`` bytes: several short rows, or one long one."""
+def forward_config(n_groups: int, n_rows: int, n_classes: int, itemsize: int, class_contiguous: bool) -> LaunchConfig:
+    """Tile of ``forward_kernel`` for arithmetic of ``itemsize`` bytes: several short rows, one long row, or a part
+    of rows that are looped over."""
     block_classes = _next_power_of_2(n_classes)
-    if block_classes > MAX_ONE_TILE_CLASSES[itemsize]:
-        block_classes = SMALL_TILE
     all_rows = _next_power_of_2(n_rows)
     if n_groups == 1 and all_rows * block_classes <= MAX_SINGLE_PROGRAM_TILE:
         block_rows = all_rows
+    elif not class_contiguous:
+        block_rows = min(all_rows, max(MIN_STRIDED_ROWS, STRIDED_TILE // block_classes))
+        block_classes = min(block_classes, MAX_STRIDED_TILE * 4 // itemsize // block_rows)
+    elif block_classes > MAX_ONE_TILE_CLASSES[itemsize]:
+        block_rows, block_classes = 1, LOOP_TILE
+    elif block_classes > MAX_SHORT_CLASSES:
+        block_rows = 1
     else:
-        block_rows = min(all_rows, max(1, SMALL_TILE // block_classes))
-    return LaunchConfig(block_rows, block_classes, _warps(block_rows * block_classes, itemsize))
+        block_rows = min(all_rows, SHORT_ROWS_TILE // block_classes)
+    n_elements = block_rows * block_classes
+    # A long row takes as few warps as hold it, since every warp computes the row's loss.
+    num_warps = _warps(n_elements, itemsize) if block_rows == 1 else max(4, _warps(n_elements, itemsize))
+    return LaunchConfig(block_rows, block_classes, num_warps)
 
 
 @lru_cache(maxsize=4096)
@@ -101,7 +118,7 @@ def elementwise_config(n_rows: int, n_classes: int, itemsize: int) -> LaunchConf
     """Tile of ``backward_kernel`` and ``scale_kernel``, which need not see a row as a whole."""
     block_classes = min(_next_power_of_2(n_classes), ELEMENTWISE_TILE)
     block_rows = min(_next_power_of_2(n_rows), ELEMENTWISE_TILE // block_classes)
-    return LaunchConfig(block_rows, block_classes, _warps(block_rows * block_classes, itemsize))
+    return LaunchConfig(block_rows, block_classes, max(4, _warps(block_rows * block_classes, itemsize)))
 
 
 def totals_grid(n_samples: int) -> tuple[int, int]:
@@ -112,8 +129,7 @@ def totals_grid(n_samples: int) -> tuple[int, int]:
 
 
 def _warps(n_elements: int, itemsize: int) -> int:
-    per_warp = 32 * ELEMENTS_PER_THREAD * 4 // itemsize
-    return min(max(4, n_elements // per_warp), MAX_WARPS)
+    return min(max(1, n_elements * itemsize // (4 * WARP_ELEMENTS)), MAX_WARPS)
 
 
 def _cdiv(a: int, b: int) -> int:

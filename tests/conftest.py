@@ -1,0 +1,30 @@
+"""Every test runs on a GPU where there is one, and otherwise through Triton's interpreter on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from lmf_triton import cpu, functional  # noqa: E402
+
+# The interpreter works through many small tensors, which more threads only slow down.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["triton", "cpu"])
+def device(request, monkeypatch) -> torch.device:
+    """The device of the test's tensors. The test runs through the Triton kernels and through the CPU path."""
+    if request.param == "triton":
+        return torch.device("cuda" if HAS_GPU else "cpu")
+    monkeypatch.setattr(functional, "_backend", lambda logits: cpu)
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def triton_device() -> torch.device:
+    """The device of the test's tensors, for promises that only the Triton kernels make."""
+    return torch.device("cuda" if HAS_GPU else "cpu")

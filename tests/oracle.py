@@ -1,0 +1,108 @@
+"""What the tests compare with: float64 from ``reference``, and how far from it a result may be."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmf_triton import ldam_margins, lmf_loss
+from reference import lmf as reference
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the loss: tensors, options, and an upstream gradient of the loss's shape."""
+
+    logits: Tensor
+    target: Tensor
+    margins: Tensor | None
+    upstream: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Case":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return replace(self, **tensors, options=options)
+
+
+def make_case(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, with_margins=True, **options) -> Case:
+    """Random logits and classes, with one ignored sample and one confident one where there are samples enough."""
+    generator = torch.Generator().manual_seed(seed)
+    n_classes = shape[min(len(shape) - 1, 1)]
+    sample_shape = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
+    logits = 3 * torch.randn(shape, generator=generator)
+    target = torch.randint(n_classes, sample_shape, generator=generator)
+    if target.numel() > 2:
+        target.view(-1)[1] = options.get("ignore_index", IGNORED)
+        last = logits[(-1, slice(None), *(-1,) * (len(shape) - 2))]  # a view of the last sample's classes
+        last[target.view(-1)[-1]] += 15.0
+    counts = torch.randint(1, 5000, (n_classes,), generator=generator)
+    upstream_shape = sample_shape if options.get("reduction") == "none" else ()
+    upstream = 0.5 + torch.rand(upstream_shape, generator=generator)
+    return Case(
+        logits.to(dtype),
+        target,
+        ldam_margins(counts) if with_margins else None,
+        upstream.double() if dtype == torch.float64 else upstream,
+        options,
+    )
+
+
+def class_weights(n_classes: int) -> Tensor:
+    return torch.linspace(0.5, 2.0, n_classes)
+
+
+def evaluate(case: Case, **extra) -> tuple[Tensor, Tensor]:
+    """Loss and gradient from lmf_triton, on the CPU."""
+    logits = case.logits.detach().requires_grad_()
+    loss = lmf_loss(logits, case.target, case.margins, **case.options, **extra)
+    (grad,) = torch.autograd.grad(loss, logits, case.upstream)
+    return loss.detach().cpu(), grad.cpu()
+
+
+def evaluate_reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Loss and gradient from the reference, computed in ``dtype``, on the CPU."""
+    case = case.to(torch.device("cpu"))
+    logits = case.logits.detach().to(dtype).requires_grad_()
+    margins = None if case.margins is None else case.margins.to(dtype)
+    options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    loss = reference.lmf_loss(logits, case.target.long(), margins, **options)
+    (grad,) = torch.autograd.grad(loss, logits, case.upstream.to(dtype))
+    return loss.detach(), grad
+
+
+def assert_accurate(case: Case, loss: Tensor, grad: Tensor, *, roundings: int = 1) -> None:
+    """Against the float64 oracle, no worse than the reference in float32 plus a rounding unit.
+
+    For half logits that is stricter than the reference in their own dtype: they are widened, and the only roundings
+    to half are those of the stored gradient, of which there are ``roundings``. For float64 logits the oracle is no
+    more exact than the result: both may have the float32 reference's error, in float64's smaller units, and a
+    rounding unit.
+    """
+    exact_loss, exact_grad = evaluate_reference(case, torch.float64)
+    eager_loss, eager_grad = evaluate_reference(case, torch.float32)
+    is_double = case.logits.dtype == torch.float64
+    assert loss.dtype == (torch.float64 if is_double else torch.float32)
+    assert grad.dtype == case.logits.dtype
+    n_inexact = 2 if is_double else 1
+    shrink = n_inexact * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if is_double else 1.0
+
+    # In one number the errors of many samples may cancel by luck; so a reduced loss counts them one by one as well.
+    per_sample = replace(case, options={**case.options, "reduction": "none"}, upstream=torch.ones(case.target.shape))
+    exact_losses, eager_losses = (evaluate_reference(per_sample, d)[0] for d in (torch.float64, torch.float32))
+    eager_error = max(_relative_error(eager_loss, exact_loss), _relative_error(eager_losses, exact_losses))
+    assert _relative_error(loss, exact_loss) <= shrink * eager_error + n_inexact * torch.finfo(loss.dtype).eps
+
+    eager_error = _relative_error(eager_grad, exact_grad)
+    assert (
+        _relative_error(grad, exact_grad) <= shrink * eager_error + n_inexact * roundings * torch.finfo(grad.dtype).eps
+    )
+
+
+def _relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Largest error, in units of the largest value."""
+    largest = exact.abs().max().item()
+    return (actual.double() - exact).abs().max().item() / (largest or 1.0)

@@ -1,0 +1,91 @@
+"""Promise: loss and gradient are as accurate as the float64 oracle allows, for every size, dtype and option."""
+
+import pytest
+import torch
+from oracle import assert_accurate, class_weights, evaluate, make_case
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
+
+SHAPES = [
+    (7,),  # one sample without a batch axis
+    (3, 1),  # one class: no others
+    (33, 2),  # rows fill no block; the smallest softmax
+    (130, 7),  # HAM10000's classes: nothing is aligned, more than one program
+    (21, 19),  # Cityscapes
+    (9, 150),  # ADE20K: beyond one power of two
+    (9, 151),  # and an odd row length
+    (5, 256),  # exactly one tile
+    (5, 1000),  # ImageNet: one row a program
+    (5, 1001),  # and an odd row length
+    (2, 19, 5, 3),  # dense, class axis strided
+    (40, 3, 7),  # 1-d dense: more groups than rows in one
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_sizes_and_dtypes(device, shape, dtype, reduction):
+    case = make_case(shape, dtype, reduction=reduction).to(device)
+    loss, grad = evaluate(case)
+    # A mean's gradient is stored once and scaled once; for float16 and "none" the scale comes first.
+    assert_accurate(case, loss, grad, roundings=1 if reduction == "none" or dtype == torch.float16 else 2)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize(
+    ("alpha", "beta", "gamma"),
+    [(1.0, 1.0, 1.5), (1.5, 0.5, 2.0), (0.0, 1.0, 0.0), (0.0, 2.0, 0.5), (1.0, 0.0, 1.5), (1.0, 1.0, 5.0)],
+)
+def test_options(device, reduction, weighted, grad_in_forward, scale, alpha, beta, gamma):
+    weight = class_weights(19) if weighted else None
+    options = {"alpha": alpha, "beta": beta, "gamma": gamma, "scale": scale, "reduction": reduction}
+    case = make_case((21, 19), torch.float32, weight=weight, **options).to(device)
+    loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
+    assert_accurate(case, loss, grad, roundings=2 if grad_in_forward else 1)
+
+
+@pytest.mark.parametrize("with_margins", [False, True])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5, 255])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_margins_and_ignore_index(device, with_margins, ignore_index, reduction):
+    case = make_case(
+        (40, 7), torch.float32, with_margins=with_margins, ignore_index=ignore_index, reduction=reduction
+    ).to(device)
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+    ignored = (case.target == ignore_index).cpu()
+    assert ignored.any()
+    assert (grad[ignored] == 0).all()
+
+
+@pytest.mark.parametrize("n_classes", [32768, 40000])  # the longest row in one tile, and a loop of unequal blocks
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_long_rows(device, n_classes, dtype, scale):
+    case = make_case((3, n_classes), dtype, scale=scale).to(device)
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+def test_many_samples_share_their_denominators(device):
+    """More samples than one step of the pass over the targets: its programs' parts add up."""
+    case = make_case((5000, 3), torch.float32, weight=class_weights(3), reduction="mean_per_term").to(device)
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+def test_forward_alone_equals_forward_with_gradient(device):
+    """Without a gradient nothing is written but the loss, and it is the same to the last bit."""
+    from lmf_triton import lmf_loss
+
+    case = make_case((21, 19), torch.float32).to(device)
+    loss, _ = evaluate(case)
+    assert not case.logits.requires_grad
+    without = lmf_loss(case.logits, case.target, case.margins)
+    assert not without.requires_grad
+    assert without.cpu().equal(loss)
