@@ -1,0 +1,144 @@
+"""Promise: infinities, NaN and the extremes of a dtype follow F.cross_entropy, and stay in their own sample."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmf_triton import lmf_loss
+
+INF, NAN = math.inf, math.nan
+OPTIONS = [
+    {},
+    {"alpha": 0.0, "gamma": 0.0},
+    {"alpha": 0.0, "gamma": 0.5},
+    {"beta": 0.0},
+    {"scale": 30.0},
+    {"beta": 0.0, "scale": 30.0},
+]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def loss_and_grad(rows, target, device, dtype=torch.float32, reduction="none", **options):
+    logits = torch.tensor(rows, dtype=dtype, device=device, requires_grad=True)
+    margins = torch.full((logits.shape[1],), 0.25, device=device)
+    target = torch.tensor(target, device=device)
+    loss = lmf_loss(logits, target, margins, reduction=reduction, **options)
+    loss.sum().backward()
+    return loss.detach().cpu(), logits.grad.cpu()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_classes_have_probability_zero(device, options, dtype):
+    """-inf at another class: as if that class were not there."""
+    loss, grad = loss_and_grad([[1.0, -INF, 2.0]], [0], device, dtype, **options)
+    without, grad_without = loss_and_grad([[1.0, 2.0]], [0], device, dtype, **options)
+    assert torch.equal(loss, without)
+    assert torch.equal(grad[:, [0, 2]], grad_without)
+    assert grad[0, 1] == 0
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("row", [[3.0], [-INF, 3.0, -INF]], ids=["C=1", "all others masked"])
+def test_no_others_gives_loss_0_and_gradient_0(device, options, row):
+    loss, grad = loss_and_grad([row], [len(row) // 2], device, **options)
+    assert loss.item() == 0
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_masked_target_gives_infinite_loss_and_finite_gradient(device, options):
+    loss, grad = loss_and_grad([[-INF, 1.0, 2.0]], [0], device, **options)
+    assert loss.item() == INF
+    assert grad.isfinite().all()
+    assert grad[0, 0] < 0
+    assert grad.sum().abs() < 1e-5
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "row",
+    [
+        [NAN, 1.0, 2.0],  # at the target
+        [1.0, NAN, 2.0],  # at another class
+        [INF, 1.0, 2.0],
+        [1.0, INF, 2.0],
+        [1.0, NAN, NAN],  # at every other class, where a maximum may overlook it
+        [INF, -INF, -INF],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_nan_and_inf_spoil_their_own_sample_only(device, options, row, reduction):
+    clean = [0.5, -1.0, 2.0]
+    loss, grad = loss_and_grad([clean, row, clean], [0, 0, 1], device, reduction=reduction, **options)
+    if reduction == "none":
+        assert loss.isnan().tolist() == [False, True, False]
+    else:
+        assert loss.isnan()
+    assert grad[1].isnan().all()
+    expected, expected_grad = loss_and_grad([clean, clean], [0, 1], device, reduction=reduction, **options)
+    assert torch.equal(grad[[0, 2]], expected_grad)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_ignored_samples_are_zero_whatever_they_hold(device, reduction, grad_in_forward, bad):
+    rows, target = [[bad, bad, bad], [0.5, 1.0, 2.0]], [-100, 2]
+    options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
+    loss, grad = loss_and_grad(rows, target, device, **options)
+    alone, grad_alone = loss_and_grad(rows[1:], target[1:], device, **options)
+    assert (grad[0] == 0).all()
+    assert torch.equal(grad[1:], grad_alone)
+    assert torch.equal(loss[-1] if reduction == "none" else loss, alone.squeeze())
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
+def test_everything_ignored(device, reduction):
+    """As F.cross_entropy: a mean over nothing is NaN, its gradient 0."""
+    loss, grad = loss_and_grad([[0.5, 1.0], [2.0, 1.0]], [-100, -100], device, reduction=reduction)
+    assert loss.isnan().all() if reduction.startswith("mean") else (loss == 0).all()
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4), (3, 5, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
+def test_empty_batch(device, shape, reduction):
+    logits = torch.zeros(shape, device=device, requires_grad=True)
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long, device=device)
+    loss = lmf_loss(logits, target, reduction=reduction)
+    expected = F.cross_entropy(logits, target, reduction=reduction.removesuffix("_per_term"))
+    torch.testing.assert_close(loss.detach(), expected.detach(), equal_nan=True)
+    loss.sum().backward()
+    assert logits.grad.shape == shape
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extremes_of_the_dtype(device, options, dtype):
+    largest = torch.finfo(dtype).max
+    rows = [[largest, -largest, 0.0], [-largest, largest, 0.0], [largest, largest, largest], [1e4, -1e4, 0.0]]
+    loss, grad = loss_and_grad(rows, [0, 0, 0, 0], device, dtype, **options)
+    assert not loss.isnan().any()
+    assert (loss >= 0).all()
+    assert grad.isfinite().all()
+    assert loss[0] == 0
+    assert loss[1] > 1e4
+
+
+@pytest.mark.parametrize(
+    "row", [[0.0, 0.0, 0.0], [1e-40, -1e-40, 0.0], [1e4, -1e4, 0.0], [-INF, 0.0, 1.0], [0.0, -INF, 1.0]]
+)
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_values_that_cross_entropy_defines(device, row, target):
+    loss, grad = loss_and_grad([row], [target], device, alpha=0.0, gamma=0.0)
+    logits = torch.tensor([row], requires_grad=True)
+    expected = F.cross_entropy(logits, torch.tensor([target]), reduction="none")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-7)
+    if expected.isfinite().all():  # its gradient of an infinite loss is what ours is, but for the sign of zeros
+        expected.sum().backward()
+        torch.testing.assert_close(grad, logits.grad, rtol=1e-6, atol=1e-7)
