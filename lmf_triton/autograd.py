@@ -47,18 +47,20 @@ class LMFFunction(Function):
             else:
                 grad = ctx.backend.backward(*ctx.saved_tensors, upstream, ctx.options)
         if torch.is_grad_enabled():  # create_graph=True
-            grad = _FirstOrderOnly.apply(grad, torch.empty(0, requires_grad=True))
+            logits_node = ctx.next_functions[0][0]
+            leaf = getattr(logits_node, "variable", None)  # the logits, if they are a leaf
+            grad = _FirstOrderOnly.apply(grad, torch.empty(0, requires_grad=True) if leaf is None else leaf, upstream)
         return grad, None, None, None, None, None, None
 
 
 class _FirstOrderOnly(Function):
-    """Identity that makes the gradient require a gradient, and refuses to give it.
+    """Identity on the gradient that ties it to what it was computed from, and refuses to be differentiated.
 
-    Without it, a gradient penalty would silently treat the gradient as a constant.
+    Without it, a gradient penalty would silently take the gradient for a constant.
     """
 
     @staticmethod
-    def forward(ctx, grad: Tensor, requires_grad: Tensor) -> Tensor:
+    def forward(ctx, grad: Tensor, *computed_from: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod

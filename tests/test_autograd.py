@@ -1,0 +1,217 @@
+"""Promise: the loss is a well-behaved part of any autograd graph."""
+
+import pytest
+import torch
+from oracle import assert_accurate, evaluate, evaluate_reference, make_case
+from torch.autograd import gradcheck, gradgradcheck
+
+from lmf_triton import lmf_loss
+from lmf_triton.autograd import LMFFunction
+
+REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
+MODES = [True, False, None]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("alpha", "beta", "gamma"), [(1.0, 1.0, 1.5), (0.0, 1.0, 0.5), (0.7, 0.0, 0.0)])
+def test_gradcheck(device, reduction, grad_in_forward, scale, alpha, beta, gamma):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 2, dtype=torch.float64, generator=generator).to(device).requires_grad_()
+    target = torch.tensor([[0, 2], [-100, 1], [2, 2], [1, 0]], device=device)
+    margins = torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64, device=device)
+    weight = torch.tensor([0.5, 1.0, 2.0], device=device)
+
+    def loss(x):
+        return lmf_loss(
+            x,
+            target,
+            margins,
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            scale=scale,
+            weight=weight,
+            reduction=reduction,
+            grad_in_forward=grad_in_forward,
+        )
+
+    assert gradcheck(loss, (logits,), fast_mode=True)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_twice(device, grad_in_forward, reduction, dtype):
+    """Each backward through a retained graph gives its own right answer and leaves earlier ones alone."""
+    case = make_case((33, 7), dtype, reduction=reduction).to(device)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, case.margins, reduction=reduction, grad_in_forward=grad_in_forward)
+    factors = [3.0, 0.0, 1.0, 0.5]
+    grads = []
+    for i, factor in enumerate(factors):
+        retain = i < len(factors) - 1
+        (grad,) = torch.autograd.grad(loss, logits, factor * torch.ones_like(loss), retain_graph=retain)
+        grads.append(grad)
+    one = grads[2]
+    for factor, grad in zip(factors, grads, strict=True):
+        torch.testing.assert_close(grad, factor * one, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert one.abs().max() > 0
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, logits, torch.ones_like(loss))
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("kind", ["ones", "stride 0", "vector", "strided", "zero"])
+def test_upstream_of_reduction_none(device, grad_in_forward, kind):
+    case = make_case((33, 7), torch.float32, reduction="none")
+    upstream = {
+        "ones": torch.ones(33),
+        "stride 0": torch.tensor(0.3).expand(33),
+        "vector": torch.linspace(-1, 2, 33),
+        "strided": torch.linspace(-1, 2, 66)[::2],
+        "zero": torch.zeros(33),
+    }[kind]
+    case = type(case)(case.logits, case.target, case.margins, upstream, case.options).to(device)
+    loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_part_of_a_larger_expression(device, grad_in_forward, reduction):
+    """Logits from a layer, the loss squared and added to another one: the chain rule on both sides."""
+    case = make_case((33, 7), torch.float64, reduction=reduction).to(device)
+    features = torch.randn(33, 5, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(0))
+    layer = torch.nn.Linear(5, 7, dtype=torch.float64, device=device)
+
+    def gradient(loss_fn):
+        layer.zero_grad()
+        logits = layer(features)
+        loss = loss_fn(logits, case.target, case.margins, reduction=reduction)
+        (loss.square().sum() / 3 + logits.square().mean()).backward()
+        return layer.weight.grad.clone()
+
+    from reference import lmf as reference
+
+    def ours(*args, **kwargs):
+        return lmf_loss(*args, grad_in_forward=grad_in_forward, **kwargs)
+
+    def theirs(logits, target, margins, **kwargs):
+        return reference.lmf_loss(logits, target, margins.double(), **kwargs)
+
+    torch.testing.assert_close(gradient(ours), gradient(theirs), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_second_derivatives_are_refused(device, grad_in_forward):
+    case = make_case((5, 7), torch.float64).to(device)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, grad_in_forward=grad_in_forward)
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)  # the first derivative is fine
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradgradcheck(lambda x: lmf_loss(x, case.target, grad_in_forward=grad_in_forward), (logits,))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_where_none_is_wanted(device, context, monkeypatch):
+    case = make_case((33, 7), torch.float32).to(device)
+    logits = case.logits.requires_grad_()
+    expected = lmf_loss(logits, case.target, case.margins)
+    monkeypatch.setattr(LMFFunction, "apply", None)
+    with context():
+        loss = lmf_loss(logits, case.target, case.margins)
+    assert not loss.requires_grad
+    assert torch.equal(loss, expected.detach())
+    assert torch.equal(lmf_loss(logits.detach(), case.target, case.margins), expected.detach())
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_logits_are_never_modified(device, grad_in_forward):
+    case = make_case((33, 7), torch.float32).to(device)
+    logits = case.logits.clone().requires_grad_()
+    lmf_loss(logits, case.target, case.margins, grad_in_forward=grad_in_forward).backward()
+    assert torch.equal(logits, case.logits)
+    assert logits._version == 0
+
+
+def test_another_use_of_the_logits_gets_its_own_gradient(device):
+    """A softmax of the same logits needs their values in backward."""
+    case = make_case((33, 7), torch.float32).to(device)
+    logits = case.logits.requires_grad_()
+    penalty = (logits.softmax(1) * logits.log_softmax(1)).sum()
+    (alone,) = torch.autograd.grad(penalty, logits, retain_graph=True)
+    loss = lmf_loss(logits, case.target, case.margins)
+    (grad,) = torch.autograd.grad(loss, logits)
+    penalty = (logits.softmax(1) * logits.log_softmax(1)).sum()
+    (both,) = torch.autograd.grad(penalty + lmf_loss(logits, case.target, case.margins), logits)
+    torch.testing.assert_close(both, alone + grad)
+
+
+def test_float16_gradients_of_a_mean_survive_a_loss_scale(device):
+    """The mean over a million samples has gradients of 1e-6 and less; the loss scale must come before float16 does."""
+    n, loss_scale = 1_000_000, 65536.0
+    logits = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float16, device=device).expand(n, 3)
+    logits = logits[: n if logits.is_cuda else 1000].contiguous().requires_grad_()
+    loss_scale *= len(logits) / n  # in the interpreter a thousand samples stand for the million
+    target = torch.zeros(len(logits), dtype=torch.long, device=device)
+    loss = lmf_loss(logits, target)
+    tiny = n / len(logits)
+    (loss / tiny * loss_scale * tiny).backward()
+    expected = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    from reference import lmf as reference
+
+    reference.lmf_loss(expected, torch.tensor([0])).backward()
+    grad = logits.grad.double().cpu() / loss_scale * len(logits)
+    torch.testing.assert_close(grad, expected.grad.expand_as(grad), rtol=2e-3, atol=0)
+
+
+def test_under_autocast(device):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 7, device=device)
+    features = torch.randn(33, 16, device=device)
+    target = torch.randint(7, (33,), device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        logits = layer(features)
+        loss = lmf_loss(logits, target)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_with_a_grad_scaler(device):
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    logits = make_case((33, 7), torch.float32).logits.to(device).requires_grad_()
+    target = torch.randint(7, (33,), device=device)
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    before = logits.detach().clone()
+    (expected,) = torch.autograd.grad(lmf_loss(logits, target), logits)
+    scaler.scale(lmf_loss(logits, target)).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(logits.detach(), before - expected)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_the_kept_gradient_is_handed_out_without_a_copy(device, value, monkeypatch):
+    """One gradient buffer in all: backward scales and returns the buffer that forward has filled."""
+    case = make_case((33, 7), torch.float32).to(device)
+    allocated = []
+    empty_like = torch.empty_like
+
+    def spy(*args, **kwargs):
+        tensor = empty_like(*args, **kwargs)
+        allocated.append((tensor.shape, tensor.data_ptr()))  # a second reference to the tensor would force a copy
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_like", spy)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, case.margins)
+    loss.backward(torch.full_like(loss, value))
+    assert [pointer for shape, pointer in allocated if shape == logits.shape] == [logits.grad.data_ptr()]
+    expected = evaluate_reference(case, torch.float64)[1] / case.upstream.item() * value
+    torch.testing.assert_close(logits.grad.cpu().double(), expected, rtol=1e-5, atol=1e-7)
