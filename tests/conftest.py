@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,11 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from lmf_triton import cpu, functional  # noqa: E402
+
+# The same draws in every run; `pytest --hypothesis-profile=long` draws new ones, for half an hour.
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=150, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 # The interpreter works through many small tensors, which more threads only slow down.
 torch.set_num_threads(1)

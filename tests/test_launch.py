@@ -1,0 +1,115 @@
+"""Promise: the launch layer is pure arithmetic that covers every sample once, with tiles the hardware can hold."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmf_triton import launch
+
+
+def offsets(layout: launch.RowLayout, tensor: int) -> list[int]:
+    """Where each sample of a tensor is, in the order in which the kernels count samples."""
+    stride_group, stride_row = layout.strides[tensor]
+    return [
+        start[tensor] + group * stride_group + row * stride_row
+        for start in layout.offsets
+        for group in range(layout.n_groups)
+        for row in range(layout.n_rows)
+    ]
+
+
+@st.composite
+def strided_tensors(draw):
+    """A shape, and two tensors of that shape with their dimensions permuted, padded, or expanded."""
+    shape = tuple(draw(st.lists(st.integers(1, 4), max_size=4)))
+    tensors = []
+    for _ in range(2):
+        order = draw(st.permutations(range(len(shape))))
+        padding = [draw(st.integers(0, 1)) for _ in shape]
+        buffer = torch.arange(1000000)
+        strides, step = [0] * len(shape), 1
+        for dim in reversed(order):
+            strides[dim] = step if draw(st.integers(0, 5)) else 0
+            step *= shape[dim] + padding[dim]
+        tensors.append(buffer.as_strided(shape, strides))
+    return shape, tensors
+
+
+@given(strided_tensors())
+def test_rows_visit_each_sample_once_in_all_tensors_alike(drawn):
+    shape, (first, second) = drawn
+    layout = launch.row_layout(shape, first.stride(), second.stride())
+    visited = list(zip(offsets(layout, 0), offsets(layout, 1), strict=True))
+    samples = list(zip(first.reshape(-1).tolist(), second.reshape(-1).tolist(), strict=True))
+    assert sorted(visited) == sorted(samples)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "groups", "rows"),
+    [
+        ((), (), 1, 1),  # (C,)
+        ((32,), (7,), 1, 32),  # (N, C)
+        ((8, 512, 1024), (19 * 512 * 1024, 1024, 1), 8, 512 * 1024),  # (N, C, H, W): a group is an image
+        ((8, 512, 1024), (512 * 1024 * 19, 1024 * 19, 19), 1, 8 * 512 * 1024),  # channels_last: all one group
+    ],
+)
+def test_common_layouts_take_one_launch(shape, strides, groups, rows):
+    layout = launch.row_layout(shape, strides, launch.contiguous_strides(shape))
+    assert (layout.n_groups, layout.n_rows, len(layout.offsets)) == (groups, rows, 1)
+
+
+def test_other_layouts_take_the_fewest_launches():
+    """Three dimensions that do not merge: the shortest of the outer ones is launched index by index."""
+    layout = launch.row_layout((6, 2, 5), (1000, 100, 3))
+    assert (layout.n_groups, layout.n_rows, len(layout.offsets)) == (6, 5, 2)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (2, 1, 5)])
+def test_contiguous_strides(shape):
+    assert launch.contiguous_strides(shape) == torch.empty(shape).stride()
+
+
+SIZES = [1, 2, 7, 8, 19, 150, 256, 257, 1000, 1024, 8192, 8193, 32768, 32769, 262144, 1_000_000]
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("class_contiguous", [True, False])
+def test_forward_tiles(itemsize, class_contiguous):
+    for n_rows, n_classes, n_groups in itertools.product([1, 5, 32, 4096, 2**22], SIZES, [1, 8]):
+        config = launch.forward_config(n_groups, n_rows, n_classes, itemsize, class_contiguous)
+        sizes = config.block_rows, config.block_classes, config.num_warps
+        assert all(size & (size - 1) == 0 for size in sizes)
+        assert 1 <= config.num_warps <= launch.MAX_WARPS
+        # No thread holds more than 64 values of 4 bytes, beyond which registers spill.
+        assert config.block_rows * config.block_classes * itemsize <= config.num_warps * 32 * 64 * 4
+        assert config.n_programs(n_groups, n_rows) * config.block_rows >= n_groups * n_rows
+        if class_contiguous and n_classes <= launch.MAX_ONE_TILE_CLASSES[itemsize]:
+            assert config.block_classes >= n_classes  # one pass over the logits
+
+
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(32, 7), (32, 8), (256, 8), (1, 1000), (128, 10)])
+def test_tiny_batches_are_one_program(n_rows, n_classes):
+    assert launch.forward_config(1, n_rows, n_classes, 4, True).n_programs(1, n_rows) == 1
+
+
+def test_short_rows_share_a_program_and_long_rows_do_not():
+    assert launch.forward_config(1, 2**22, 7, 4, True).block_rows > 1
+    assert launch.forward_config(1, 4096, 32768, 4, True).block_rows == 1
+
+
+@pytest.mark.parametrize("n_samples", [1, 1024, 1025, 10**6, 2**22, 10**9])
+def test_totals_grid_covers_all_samples(n_samples):
+    n_programs, steps = launch.totals_grid(n_samples)
+    assert n_programs * steps * launch.TOTALS_BLOCK_ROWS >= n_samples
+    assert n_programs <= launch.MAX_TOTALS_PROGRAMS
+    assert n_programs & (n_programs - 1) == steps & (steps - 1) == 0
+
+
+def test_configurations_are_frozen():
+    config = launch.elementwise_config(32, 7, 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_warps = 3

@@ -1,0 +1,145 @@
+"""Promise: any strides and any integer target, read as they are; the gradient lies in memory as the logits do."""
+
+import pytest
+import torch
+from oracle import IGNORED, Case, assert_accurate, class_weights, evaluate, make_case
+
+from lmf_triton import lmf_loss
+
+# Each takes contiguous logits and returns the same values in another layout.
+LAYOUTS_2D = {
+    "contiguous": lambda x: x,
+    "padded rows": lambda x: torch.nn.functional.pad(x, (0, 5))[:, : x.shape[1]],
+    "shifted rows": lambda x: torch.nn.functional.pad(x, (3, 2))[:, 3:-2],  # not even aligned to 8 bytes
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "every third class": lambda x: x.repeat_interleave(3, 1)[:, ::3],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "one sample for all": lambda x: x[:1].expand_as(x),
+    "one class for all": lambda x: x[:, :1].expand_as(x),
+}
+LAYOUTS_ND = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "swapped space": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "batch innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "cropped": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],  # space does not collapse
+    "cropped batch": lambda x: torch.cat([x, x, x])[1 : 1 + len(x)],
+    "one image for all": lambda x: x[:1].expand_as(x),
+}
+MODES = [True, False]
+
+
+def check(case: Case, layout, device, grad_in_forward: bool) -> None:
+    logits = layout(case.logits.to(device))
+    case = Case(logits, case.target, case.margins, case.upstream, case.options).to(device)
+    assert case.logits.stride() == logits.stride()
+    before = case.logits.clone()
+    leaf = case.logits.detach().requires_grad_()
+    loss = lmf_loss(leaf, case.target, case.margins, grad_in_forward=grad_in_forward, **case.options)
+    (grad,) = torch.autograd.grad(loss, leaf, case.upstream)
+    assert_accurate(case, loss.detach().cpu(), grad.cpu(), roundings=2)
+    assert grad.stride() == torch.empty_like(logits).stride()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    if span == logits.numel():  # dense
+        assert grad.stride() == logits.stride()
+    assert torch.equal(case.logits, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_2D.values(), ids=LAYOUTS_2D.keys())
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(33, 7), (17, 256)], ids=str)  # nothing divides; aligned
+def test_matrix(device, layout, grad_in_forward, reduction, shape):
+    check(make_case(shape, torch.float32, reduction=reduction), layout, device, grad_in_forward)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_ND.values(), ids=LAYOUTS_ND.keys())
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 3, 2, 3, 4)], ids=str)
+def test_dense(device, layout, grad_in_forward, reduction, shape):
+    weight = class_weights(shape[1])
+    check(make_case(shape, torch.float32, reduction=reduction, weight=weight), layout, device, grad_in_forward)
+
+
+@pytest.mark.parametrize("n_classes", [1025, 33000])  # beyond one strided tile; beyond one tile of any kind
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_many_classes_that_are_not_contiguous(device, n_classes, grad_in_forward):
+    check(make_case((3, n_classes), torch.float32), LAYOUTS_2D["transposed"], device, grad_in_forward)
+
+
+def test_a_million_classes(device):
+    case = make_case((2, 1_000_003), torch.float32).to(device)
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_one_sample_without_a_batch_axis(device, grad_in_forward):
+    case = make_case((14,), torch.float32)
+    case = Case(case.logits[::2], case.target // 2, case.margins[::2], case.upstream, {}).to(device)
+    loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
+    assert loss.shape == ()
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "misaligned slice", "strided", "expanded"])
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_integer_targets(device, dtype, kind, grad_in_forward):
+    ignore_index = IGNORED if dtype.is_signed else 255
+    case = make_case((34, 7), torch.float32, ignore_index=ignore_index)
+    target = case.target.to(dtype)
+    lay_out = {
+        "contiguous": lambda y: y,
+        "misaligned slice": lambda y: torch.cat([y[:1], y])[1:],
+        "strided": lambda y: torch.stack([y, y], 1)[:, 0],
+        "expanded": lambda y: y[:1].expand_as(y),
+    }[kind]
+    target = lay_out(target)
+    case = Case(case.logits, target, case.margins, case.upstream, case.options).to(device)
+    loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+def test_target_and_logits_are_not_copied(triton_device, monkeypatch):
+    """The kernels get the tensors themselves: no contiguous(), no cast."""
+    case = make_case((4, 7, 5, 3), torch.float16).to(triton_device)
+    logits = LAYOUTS_ND["channels last"](case.logits).requires_grad_()
+    target = torch.stack([case.target, case.target], -1)[..., 0].to(torch.int16)
+    from lmf_triton import gpu
+
+    seen = []
+    original = gpu._from
+    monkeypatch.setattr(gpu, "_from", lambda tensor, offset: seen.append(tensor) or original(tensor, offset))
+    lmf_loss(logits, target).backward()
+    for tensor in (logits, target):
+        assert any(t is not None and t.data_ptr() == tensor.data_ptr() and t.dtype == tensor.dtype for t in seen)
+    # Beyond them and the gradient there are a few floats a sample.
+    own = {logits.data_ptr(), target.data_ptr()}
+    others = [t.numel() for t in seen if t is not None and t.data_ptr() not in own and t.shape != logits.shape]
+    assert max(others) <= 4 * target.numel()
+
+
+def test_offsets_beyond_2_to_the_31(triton_device):
+    """Two rows more than 2**31 elements apart in a buffer that is reserved but, between them, never touched."""
+    stride = 2**31 + 5
+    if triton_device.type == "cuda" and torch.cuda.get_device_properties(triton_device).total_memory < 24 * 2**30:
+        pytest.skip("needs 6 GiB of GPU memory for the logits and room for their gradient")
+    buffer = torch.empty(stride + 7, dtype=torch.float16, device=triton_device)
+    case = make_case((2, 7), torch.float16).to(triton_device)
+    logits = buffer.as_strided((2, 7), (stride, 1))
+    logits.copy_(case.logits)
+    far = Case(logits, case.target, case.margins, case.upstream, case.options)
+    for grad_in_forward in MODES:
+        loss, grad = evaluate(far, grad_in_forward=grad_in_forward)
+        assert_accurate(far, loss, grad, roundings=2)
+    classes = buffer.as_strided((2, 2), (1, stride))  # and two classes that far apart
+    classes.copy_(case.logits[:, :2])
+    far = Case(classes, case.target % 2, None, case.upstream, {})
+    for grad_in_forward in MODES:
+        loss, grad = evaluate(far, grad_in_forward=grad_in_forward)
+        assert_accurate(far, loss, grad, roundings=2)

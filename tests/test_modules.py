@@ -1,0 +1,87 @@
+"""Promise: the modules are lmf_loss with their settings; margins and weights travel with the module."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from oracle import make_case
+
+from lmf_triton import FocalLoss, LDAMLoss, LMFLoss, ldam_margins, lmf_loss
+
+COUNTS = [500, 100, 50, 20, 10, 5, 2]
+WEIGHT = torch.linspace(0.5, 2.0, 7)
+
+
+def test_lmf_loss_module(device):
+    case = make_case((33, 7), torch.float32).to(device)
+    settings = {"alpha": 1.5, "beta": 0.5, "gamma": 2.0, "scale": 30.0, "ignore_index": 3, "reduction": "mean_per_term"}
+    case.target[1] = 3
+    module = LMFLoss(COUNTS, max_margin=0.3, weight=WEIGHT, **settings).to(device)
+    margins = ldam_margins(COUNTS, max_margin=0.3).to(device)
+    expected = lmf_loss(case.logits, case.target, margins, weight=WEIGHT.to(device), **settings)
+    assert torch.equal(module(case.logits, case.target), expected)
+
+
+def test_ldam_loss_module(device):
+    case = make_case((33, 7), torch.float32).to(device)
+    module = LDAMLoss(COUNTS, max_margin=0.3, scale=30.0, weight=WEIGHT, reduction="sum").to(device)
+    margins = ldam_margins(COUNTS, max_margin=0.3).to(device)
+    options = {"beta": 0.0, "scale": 30.0, "weight": WEIGHT.to(device), "reduction": "sum"}
+    assert torch.equal(module(case.logits, case.target), lmf_loss(case.logits, case.target, margins, **options))
+
+
+def test_focal_loss_module(device):
+    case = make_case((33, 7), torch.float32).to(device)
+    module = FocalLoss(gamma=2.0, weight=WEIGHT, reduction="none").to(device)
+    options = {"alpha": 0.0, "gamma": 2.0, "weight": WEIGHT.to(device), "reduction": "none"}
+    assert torch.equal(module(case.logits, case.target), lmf_loss(case.logits, case.target, **options))
+
+
+@pytest.mark.parametrize(
+    "module", [LMFLoss(COUNTS, weight=WEIGHT), LDAMLoss(COUNTS), FocalLoss(weight=WEIGHT)], ids=str
+)
+def test_buffers(module):
+    """Buffers follow .to() and state_dict, and are no parameters."""
+    names = {name for name in ("margins", "weight") if getattr(module, name) is not None}
+    assert set(module.state_dict()) == names == {name for name, _ in module.named_buffers()}
+    assert not list(module.parameters())
+    assert all(buffer.device.type == "meta" for buffer in copy.deepcopy(module).to("meta").buffers())
+    restored = copy.deepcopy(module)
+    for buffer in restored.buffers():
+        buffer.zero_()
+    restored.load_state_dict(module.state_dict())
+    logits, target = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 6])
+    expected = module(logits, target)
+    assert torch.equal(restored(logits, target), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(logits, target), expected)
+
+
+def test_repr_shows_the_settings():
+    assert repr(LMFLoss([4, 1], alpha=1.5, scale=30.0)) == (
+        "LMFLoss(n_classes=2, alpha=1.5, beta=1.0, gamma=1.5, max_margin=0.5, scale=30.0, ignore_index=-100, "
+        "reduction='mean', weight=None)"
+    )
+    assert repr(FocalLoss(gamma=2.0, weight=torch.tensor([0.5, 2.0]))) == (
+        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', weight=[0.5, 2.0])"
+    )
+
+
+def test_settings_can_be_changed_between_steps():
+    """A schedule sets attributes: alpha, beta, gamma, scale, weight."""
+    module = LMFLoss(COUNTS)
+    logits, target = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 6])
+    module.beta, module.weight = 0.0, WEIGHT
+    assert torch.equal(module(logits, target), lmf_loss(logits, target, module.margins, beta=0.0, weight=WEIGHT))
+
+
+@pytest.mark.parametrize("function", [lmf_loss, LMFLoss, LDAMLoss, FocalLoss])
+def test_defaults_agree(function):
+    """The modules' defaults are the function's."""
+    defaults = {name: p.default for name, p in inspect.signature(lmf_loss).parameters.items()}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in defaults:
+            assert parameter.default == defaults[name]
+        if parameter.default is not inspect.Parameter.empty and name != "margins":
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
