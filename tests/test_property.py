@@ -66,10 +66,8 @@ def draws(draw) -> Draw:
     target = target.masked_fill(ignored, IGNORE_INDEX)
     if draw(st.booleans()):
         target = target.to(draw(st.sampled_from([torch.int8, torch.uint8, torch.int16, torch.int32])))
-    if len(shape) > 1 and draw(st.integers(0, 5)) == 0:
-        logits = logits[:1].expand(shape)
-    else:
-        logits = lay_out(draw, logits)
+    is_expanded = len(shape) > 1 and draw(st.integers(0, 5)) == 0
+    logits = logits[:1].expand(shape) if is_expanded else lay_out(draw, logits)
 
     reduction = draw(st.sampled_from(["none", "sum", "mean", "mean_per_term"]))
     alpha, beta = draw(st.sampled_from([(1.0, 1.0), (1.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.0, 3.0)]))
