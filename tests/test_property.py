@@ -59,14 +59,14 @@ def draws(draw) -> Draw:
     logits = (logits + draw(st.sampled_from([0.0, 0.0, -100.0, 1e4]))).to(dtype)
     target = torch.randint(n_classes, sample_shape, generator=generator)
     is_target = torch.zeros(shape).scatter(class_axis, target.unsqueeze(class_axis), 1.0).bool()
-    if draw(st.booleans()):
+    is_expanded = len(shape) > 1 and draw(st.integers(0, 5)) == 0
+    if draw(st.booleans()) and not is_expanded:
         masked = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.9]))
         logits = logits.masked_fill(masked & ~is_target, -torch.inf)
     ignored = torch.rand(sample_shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.99]))
     target = target.masked_fill(ignored, IGNORE_INDEX)
     if draw(st.booleans()):
         target = target.to(draw(st.sampled_from([torch.int8, torch.uint8, torch.int16, torch.int32])))
-    is_expanded = len(shape) > 1 and draw(st.integers(0, 5)) == 0
     logits = logits[:1].expand(shape) if is_expanded else lay_out(draw, logits)
 
     reduction = draw(st.sampled_from(["none", "sum", "mean", "mean_per_term"]))
@@ -112,9 +112,10 @@ def oracle(drawn: Draw, eps: float, tiny: float) -> Oracle:
     safe = others.masked_fill(alone.unsqueeze(axis), 0)
     x_y = x.gather(axis, index).squeeze(axis)
     zero = torch.zeros((), dtype=torch.float64)
-    u = safe.logsumexp(axis) - x_y
+    gaps = safe - x_y.unsqueeze(axis)  # before the sum, so that large logits close together lose nothing
+    u = gaps.logsumexp(axis)
     margin = zero if drawn.margins is None else drawn.margins.double()[y]
-    v = (o["scale"] * safe).logsumexp(axis) - o["scale"] * (x_y - margin)
+    v = (o["scale"] * gaps).logsumexp(axis) + o["scale"] * margin
     focal = torch.exp(-o["gamma"] * torch.logaddexp(-u, zero)) * torch.logaddexp(u, zero)
     ldam = torch.logaddexp(v, zero)
 
