@@ -41,7 +41,14 @@ def forward(
     out_strides = launch.contiguous_strides(target.shape) if per_row or with_coefs else row_strides
     layout = launch.row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
     logits_strides, target_strides, out_strides, grad_row_strides = layout.strides
-    config = launch.forward_config(layout.n_groups, layout.n_rows, n_classes, dtype.itemsize, class_stride == 1)
+    config = launch.forward_config(
+        layout.n_groups,
+        layout.n_rows,
+        n_classes,
+        dtype.itemsize,
+        class_contiguous=class_stride == 1,
+        two_exponentials=options.alpha != 0 and options.beta != 0 and options.scale != 1,
+    )
     n_programs = config.n_programs(layout.n_groups, layout.n_rows)
     n_partials = n_programs * len(layout.offsets)
 

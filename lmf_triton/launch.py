@@ -17,10 +17,12 @@ MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
 # thread of 4 warps, so that where rows are aligned a thread sees one row and computes its loss once.
 MAX_SHORT_CLASSES = 256
 SHORT_ROWS_TILE = 1024
-# Where neighbouring rows, not classes, are neighbours in memory: at least 16 rows a tile fill 32-byte sectors.
+# Where neighbouring rows, not classes, are neighbours in memory: 16 rows fill a 32-byte sector of half logits, and
+# beyond 512 a thread has more than 4 rows, whose losses take its registers.
 STRIDED_TILE = 4096
 MAX_STRIDED_TILE = 16384
 MIN_STRIDED_ROWS = 16
+MAX_STRIDED_ROWS = 512
 # Tile of one step of a loop over classes.
 LOOP_TILE = 4096
 # A batch whose tile is at most this big is one program: its means need no pass over the targets beforehand.
@@ -91,17 +93,28 @@ class LaunchConfig:
 
 
 @lru_cache(maxsize=4096)
-def forward_config(n_groups: int, n_rows: int, n_classes: int, itemsize: int, class_contiguous: bool) -> LaunchConfig:
-    """Tile of ``forward_kernel`` for arithmetic of ``itemsize`` bytes: several short rows, one long row, or a part
-    of rows that are looped over."""
+def forward_config(
+    n_groups: int,
+    n_rows: int,
+    n_classes: int,
+    itemsize: int,
+    *,
+    class_contiguous: bool = True,
+    two_exponentials: bool = False,
+) -> LaunchConfig:
+    """Tile of ``forward_kernel``: several short rows, one long row, or a part of rows that are looped over.
+
+    ``itemsize`` is the bytes of the arithmetic type. ``two_exponentials``: both terms are there and ``scale`` is not
+    1, so that each element has two values to keep.
+    """
     block_classes = _next_power_of_2(n_classes)
     all_rows = _next_power_of_2(n_rows)
     if n_groups == 1 and all_rows * block_classes <= MAX_SINGLE_PROGRAM_TILE:
         block_rows = all_rows
     elif not class_contiguous:
-        block_rows = min(all_rows, max(MIN_STRIDED_ROWS, STRIDED_TILE // block_classes))
+        block_rows = min(all_rows, MAX_STRIDED_ROWS, max(MIN_STRIDED_ROWS, STRIDED_TILE // block_classes))
         block_classes = min(block_classes, MAX_STRIDED_TILE * 4 // itemsize // block_rows)
-    elif block_classes > MAX_ONE_TILE_CLASSES[itemsize]:
+    elif block_classes > MAX_ONE_TILE_CLASSES[itemsize] // (2 if two_exponentials else 1):
         block_rows, block_classes = 1, LOOP_TILE
     elif block_classes > MAX_SHORT_CLASSES:
         block_rows = 1

@@ -78,27 +78,30 @@ SIZES = [1, 2, 7, 8, 19, 150, 256, 257, 1000, 1024, 8192, 8193, 32768, 32769, 26
 
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("class_contiguous", [True, False])
-def test_forward_tiles(itemsize, class_contiguous):
+@pytest.mark.parametrize("two", [True, False])
+def test_forward_tiles(itemsize, class_contiguous, two):
     for n_rows, n_classes, n_groups in itertools.product([1, 5, 32, 4096, 2**22], SIZES, [1, 8]):
-        config = launch.forward_config(n_groups, n_rows, n_classes, itemsize, class_contiguous)
+        config = launch.forward_config(
+            n_groups, n_rows, n_classes, itemsize, class_contiguous=class_contiguous, two_exponentials=two
+        )
         sizes = config.block_rows, config.block_classes, config.num_warps
         assert all(size & (size - 1) == 0 for size in sizes)
         assert 1 <= config.num_warps <= launch.MAX_WARPS
         # No thread holds more than 64 values of 4 bytes, beyond which registers spill.
         assert config.block_rows * config.block_classes * itemsize <= config.num_warps * 32 * 64 * 4
         assert config.n_programs(n_groups, n_rows) * config.block_rows >= n_groups * n_rows
-        if class_contiguous and n_classes <= launch.MAX_ONE_TILE_CLASSES[itemsize]:
+        if class_contiguous and n_classes <= launch.MAX_ONE_TILE_CLASSES[itemsize] // (1 + two):
             assert config.block_classes >= n_classes  # one pass over the logits
 
 
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(32, 7), (32, 8), (256, 8), (1, 1000), (128, 10)])
 def test_tiny_batches_are_one_program(n_rows, n_classes):
-    assert launch.forward_config(1, n_rows, n_classes, 4, True).n_programs(1, n_rows) == 1
+    assert launch.forward_config(1, n_rows, n_classes, 4).n_programs(1, n_rows) == 1
 
 
 def test_short_rows_share_a_program_and_long_rows_do_not():
-    assert launch.forward_config(1, 2**22, 7, 4, True).block_rows > 1
-    assert launch.forward_config(1, 4096, 32768, 4, True).block_rows == 1
+    assert launch.forward_config(1, 2**22, 7, 4).block_rows > 1
+    assert launch.forward_config(1, 4096, 32768, 4).block_rows == 1
 
 
 @pytest.mark.parametrize("n_samples", [1, 1024, 1025, 10**6, 2**22, 10**9])
