@@ -21,6 +21,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.measure import format_table
 from benchmarks.problems import PROBLEMS, Problem
 from lmf_triton import gpu, kernels
 from lmf_triton.options import LossOptions
@@ -145,30 +146,18 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="grad_in_forward=False")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    print(f"triton {triton.__version__}, {arguments.target}; blocks are rows x classes / warps")
-    columns = (
-        "problem",
-        "launch",
-        "programs",
-        "registers",
-        "stack",
-        "shared",
-        "instr",
-        "ld128",
-        "ld",
-        "st128",
-        "st",
-        "mufu",
-    )
-    widths = (16, 28, 9, 9, 6, 7, 6, 6, 5, 6, 5, 5)
-    print(" ".join(f"{c:<{w}}" for c, w in zip(columns, widths, strict=True)))
+    header = ("problem", "launch: rows x classes / warps", "programs", "registers", "spill bytes", "shared bytes")
+    header += ("instructions", "loads of 16 bytes", "other", "stores of 16 bytes", "other", "special functions")
+    lines = []
     for name in arguments.problems:
         for launch in recorded_launches(PROBLEMS[name], dtype=dtype, recompute=arguments.recompute):
             r = report(compile_launch(launch, TARGETS[arguments.target]))
             loads, stores = r.count("LDG.E.128"), r.count("STG.E.128")
-            row = (name, str(launch), launch.n_programs, r.registers, r.stack, r.shared, sum(r.instructions.values()))
-            row += (loads, r.count("LDG") - loads, stores, r.count("STG") - stores, r.count("MUFU"))
-            print(" ".join(f"{c!s:<{w}}" for c, w in zip(row, widths, strict=True)))
+            cells = [name, launch, launch.n_programs, r.registers, r.stack, r.shared, r.instructions.total()]
+            cells += [loads, r.count("LDG") - loads, stores, r.count("STG") - stores, r.count("MUFU")]
+            lines.append([str(cell) for cell in cells])
+    print(format_table(header, lines))
+    print(f"\ntriton {triton.__version__} for {arguments.target}; instructions as they stand in the code of a thread")
 
 
 if __name__ == "__main__":
