@@ -3,7 +3,10 @@
 gpu.py is its counterpart with the same three functions.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .options import LossOptions
@@ -65,60 +68,69 @@ def _evaluate(
 ) -> Tensor:
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    margins = None if margins is None else margins.to(dtype)
-    weight = None if weight is None else weight.to(dtype)
-    upstream = torch.ones((), dtype=dtype) if upstream is None else upstream
-    ldam, focal = torch.zeros((2, *target.shape), dtype=dtype)  # the weighted terms of each sample
-    tensors = logits, target, ldam, focal, upstream.expand(target.shape), grad
-    if logits.ndim == 1:
-        tensors = (None if t is None else t.unsqueeze(0) for t in tensors)
-    chunks = _chunks(*tensors)
+    classes = target.long()
+    ignored = classes == options.ignore_index  # in int64: uint8 has no -100, and would compare it as 156
+    ignored = ignored if bool(ignored.any()) else None
+    if ignored is not None:
+        classes = classes.masked_fill(ignored, 0)
+    weights = None if weight is None else _unless(ignored, weight.to(dtype)[classes])
+    margin = None if margins is None else margins.to(dtype)[classes]
+    ldam_total, focal_total = _totals(options, target.numel(), ignored, weights)
 
-    totals = None
-    if options.is_mean:
-        weight_total, count = torch.zeros(2, dtype=torch.float64)
-        for _, target_chunk, *_ in chunks:
-            kept, classes = _classes(target_chunk, options.ignore_index)
-            weight_total += _weights(weight, classes, kept, dtype).sum(dtype=torch.float64)
-            count += kept.sum()
-        totals = weight_total, count if options.reduction == "mean_per_term" else weight_total
-    for chunk in chunks:
-        _evaluate_chunk(*chunk, margins, weight, options, totals)
+    ldam, focal = torch.zeros((2, *target.shape), dtype=dtype)  # the two terms of each sample
+    upstream = None if upstream is None else upstream.expand(target.shape)
+    per_sample = classes, ignored, weights, margin, upstream, ldam, focal
+    batch_axis = () if logits.ndim > 1 else (None,)
+    tensors = (t if t is None else t[batch_axis] for t in (logits, grad, *per_sample))
+    for chunk in _chunks(*tensors):
+        _evaluate_chunk(*chunk, options, ldam_total, focal_total)
 
     if options.reduction == "none":
         return ldam.add_(focal)
-    if totals is None:
-        return ldam.add_(focal).sum(dtype=torch.float64).to(dtype)
-    # 0 / 0 = NaN where no sample is left, as in F.cross_entropy; a term whose coefficient is 0 has no say in that.
-    mean = torch.zeros((), dtype=torch.float64)
-    for coefficient, term, total in (options.alpha, ldam, totals[0]), (options.beta, focal, totals[1]):
-        if coefficient != 0:
-            mean += term.sum(dtype=torch.float64) / total
-    return mean.to(dtype)
+    if options.reduction == "mean_per_term":
+        # A term whose coefficient is 0 has no say, not even through a denominator of 0.
+        parts = (ldam.sum(dtype=torch.float64) / ldam_total if options.alpha != 0 else 0.0) + (
+            focal.sum(dtype=torch.float64) / focal_total if options.beta != 0 else 0.0
+        )
+        return parts.to(dtype)
+    return (ldam.add_(focal).sum(dtype=torch.float64) / ldam_total).to(dtype)
+
+
+def _totals(
+    options: LossOptions, n_samples: int, ignored: Tensor | None, weights: Tensor | None
+) -> tuple[float, float]:
+    """The denominators of the two terms: 1 for sums, NaN where there is nothing to divide by."""
+    if not options.is_mean:
+        return 1.0, 1.0
+    count = n_samples if ignored is None else n_samples - int(ignored.sum())
+    weight_total = count if weights is None else float(weights.sum(dtype=torch.float64))
+    focal_total = count if options.reduction == "mean_per_term" else weight_total
+    return weight_total or math.nan, focal_total or math.nan
 
 
 def _evaluate_chunk(
     logits: Tensor,
-    target: Tensor,
+    grad: Tensor | None,
+    classes: Tensor,
+    ignored: Tensor | None,
+    weights: Tensor | None,
+    margin: Tensor | None,
+    upstream: Tensor | None,
     ldam: Tensor,
     focal: Tensor,
-    upstream: Tensor,
-    grad: Tensor | None,
-    margins: Tensor | None,
-    weight: Tensor | None,
     options: LossOptions,
-    totals: tuple[Tensor, Tensor] | None,
+    ldam_total: float,
+    focal_total: float,
 ) -> None:
     """Fill the terms and the gradient of a few samples; the class axis is axis 1, all others are sample axes."""
     dtype = ldam.dtype
     has_ldam, has_focal, unit_scale = options.alpha != 0, options.beta != 0, options.scale == 1
-    kept, classes = _classes(target, options.ignore_index)
     index = classes.unsqueeze(1)
 
     # Row statistics: m, the largest of the other logits, and the sums of their exponentials relative to m. A gradient
     # of the arithmetic type is the work space of its own computation.
-    gaps = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
-    gaps.copy_(logits).scatter_(1, index, -torch.inf)
+    work_space = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+    gaps = work_space.copy_(logits).scatter_(1, index, -torch.inf)
     m = gaps.amax(1)
     m.masked_fill_(m == -torch.inf, 0)
     gaps.sub_(m.unsqueeze(1))
@@ -130,35 +142,34 @@ def _evaluate_chunk(
     # The two terms, and their slopes in the gap between the others and the target. An infinite x_y has no softmax.
     x_y = logits.gather(1, index).squeeze(1).to(dtype)
     gap = (m - x_y).masked_fill_(x_y == torch.inf, torch.nan)
-    weights = _weights(weight, classes, kept, dtype)
-    ldam_weights, focal_weights = (weights, weights) if totals is None else (weights / total for total in totals)
-    plain_slope = torch.zeros_like(ldam)
-    scaled_slope = torch.zeros_like(ldam)
+    plain_slope = scaled_slope = None
     if has_focal:
         value, slope = _focal(gap + plain_sum.log(), options.gamma)
-        torch.mul(weights, value, out=focal).mul_(options.beta)
-        plain_slope += slope.mul_(focal_weights).mul_(options.beta)
+        focal.copy_(_unless(ignored, _weighted(value, weights, options.beta)))
+        plain_slope = _weighted(slope, weights, options.beta / focal_total)
     if has_ldam:
-        shifted = gap if margins is None else gap + margins[classes]
-        v = shifted + plain_sum.log() if unit_scale else options.scale * shifted + scaled_sum.log()
-        value, _, slope, _ = _softplus_and_sigmoid(v)
-        torch.mul(weights, value, out=ldam).mul_(options.alpha)
-        slope.mul_(ldam_weights).mul_(options.alpha * options.scale)
-        (plain_slope if unit_scale else scaled_slope).add_(slope)
-    ignored = None if bool(kept.all()) else ~kept
-    if ignored is not None:  # exactly 0, whatever their logits and the denominators are
-        ldam.masked_fill_(ignored, 0)
-        focal.masked_fill_(ignored, 0)
+        shifted = gap if margin is None else gap + margin
+        v = shifted + plain_sum.log() if unit_scale else scaled_sum.log().add_(shifted, alpha=options.scale)
+        ldam.copy_(_unless(ignored, _weighted(_softplus(v), weights, options.alpha)))
+        slope = _weighted(v.sigmoid_(), weights, options.alpha * options.scale / ldam_total)
+        if not unit_scale:
+            scaled_slope = slope
+        else:
+            plain_slope = slope if plain_slope is None else plain_slope.add_(slope)
     if grad is None:
         return
 
-    parts = [
-        exponentials.mul_((upstream * slope / _nonzero(total)).unsqueeze(1))
-        for exponentials, slope, total in ((plain, plain_slope, plain_sum), (scaled, scaled_slope, scaled_sum))
-        if exponentials is not None
-    ]
-    result = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-    result.scatter_(1, index, (-upstream * (plain_slope + scaled_slope)).unsqueeze(1))
+    result = target_grad = None
+    for exponentials, total, slope in (plain, plain_sum, plain_slope), (scaled, scaled_sum, scaled_slope):
+        if slope is None:
+            continue
+        if upstream is not None:
+            slope = slope * upstream
+        slope = _unless(ignored, slope)
+        part = exponentials.mul_((slope / total.masked_fill(total == 0, 1)).unsqueeze(1))
+        result = part if result is None else result.add_(part)
+        target_grad = -slope if target_grad is None else target_grad - slope
+    result.scatter_(1, index, target_grad.unsqueeze(1))
     if ignored is not None:
         result.masked_fill_(ignored.unsqueeze(1), 0)
     if result is not grad:
@@ -167,48 +178,33 @@ def _evaluate_chunk(
 
 def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None, ...]]:
     """Pieces of these tensors along their first axis, of about ``CHUNK_ELEMENTS`` logits each."""
-    n = len(logits)
+    n, tensors = len(logits), (logits, *others)
     size = max(1, CHUNK_ELEMENTS * n // max(1, logits.numel()))
-    tensors = (logits, *others)
+    if n <= size:
+        return [tensors]
     return [tuple(None if t is None else t[start : start + size] for t in tensors) for start in range(0, n, size)]
 
 
-def _classes(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Whether each sample takes part in the loss, and its class as int64 (0 where it does not)."""
-    classes = target.long()  # before the comparison: uint8 has no -100, and would compare it as 156
-    kept = classes != ignore_index
-    return kept, classes.where(kept, 0)
+def _unless(ignored: Tensor | None, per_sample: Tensor) -> Tensor:
+    """``per_sample`` with exact zeros for ignored samples, whatever their logits and the denominators are."""
+    return per_sample if ignored is None else per_sample.masked_fill(ignored, 0)
 
 
-def _weights(weight: Tensor | None, classes: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weight of each sample, 0 where it is ignored."""
-    return kept.to(dtype) if weight is None else weight[classes].where(kept, 0)
+def _weighted(per_sample: Tensor, weights: Tensor | None, factor: float) -> Tensor:
+    per_sample = per_sample if factor == 1 else per_sample * factor
+    return per_sample if weights is None else per_sample * weights
 
 
-def _softplus_and_sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """softplus(z), softplus(-z), sigmoid(z) and sigmoid(-z) from one exponential that cannot overflow."""
-    t = z.abs().neg_().exp_()
-    log1p_t = t.log1p()
-    larger = (1 + t).reciprocal_()
-    smaller = t.mul_(larger)
-    positive = z >= 0
-    return (
-        z.clamp_min(0).add_(log1p_t),
-        z.neg().clamp_min_(0).add_(log1p_t),
-        larger.where(positive, smaller),
-        smaller.where(positive, larger),
-    )
+def _softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z). Beyond 40, where e^z could overflow, z itself is right to the last bit of float64."""
+    return F.softplus(z, threshold=40)
 
 
 def _focal(u: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """Focal loss of samples with gap u = logsumexp(others) - x_y; and its derivative in u."""
-    u = u.clamp_min(-BIG)  # gamma = 0 at u = -inf: exp(-0 * inf) would be NaN
-    nll, neg_log_q, q, p = _softplus_and_sigmoid(u)  # -log p_y, -log(1 - p_y), 1 - p_y, p_y
-    factor = neg_log_q.mul_(-gamma).exp_()
-    p_nll = p.mul_(nll.clamp_max(BIG))  # tends to 0 as u grows: 0 * inf would be NaN
-    return factor * nll, p_nll.mul_(gamma).add_(q).mul_(factor)
-
-
-def _nonzero(total: Tensor) -> Tensor:
-    """A sum over no class is replaced by 1: its slope is 0."""
-    return total.masked_fill(total == 0, 1)
+    u = u.clamp_min_(-BIG)  # gamma = 0 at u = -inf: exp(-0 * inf) would be NaN
+    nll, q = _softplus(u), u.sigmoid()  # -log p_y, 1 - p_y
+    u.neg_()
+    factor = _softplus(u).mul_(-gamma).exp_()  # (1 - p_y)^gamma
+    p_nll = u.sigmoid_().mul_(nll.clamp_max(BIG))  # tends to 0 as u grows: 0 * inf would be NaN
+    return nll.mul_(factor), p_nll.mul_(gamma).add_(q).mul_(factor)

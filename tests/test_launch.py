@@ -62,6 +62,12 @@ def test_common_layouts_take_one_launch(shape, strides, groups, rows):
     assert (layout.n_groups, layout.n_rows, len(layout.offsets)) == (groups, rows, 1)
 
 
+def test_dimensions_merge_in_the_order_of_memory():
+    """A batch that is innermost in memory, in logits and target alike, is one group all the same."""
+    layout = launch.row_layout((3, 4, 5), (1, 15, 3), (1, 15, 3))
+    assert (layout.n_groups, layout.n_rows, layout.strides) == (1, 60, ((0, 1), (0, 1)))
+
+
 def test_other_layouts_take_the_fewest_launches():
     """Three dimensions that do not merge: the shortest of the outer ones is launched index by index."""
     layout = launch.row_layout((6, 2, 5), (1000, 100, 3))

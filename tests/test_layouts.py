@@ -124,22 +124,16 @@ def test_target_and_logits_are_not_copied(triton_device, monkeypatch):
     assert max(others) <= 4 * target.numel()
 
 
-def test_offsets_beyond_2_to_the_31(triton_device):
-    """Two rows more than 2**31 elements apart in a buffer that is reserved but, between them, never touched."""
-    stride = 2**31 + 5
-    if triton_device.type == "cuda" and torch.cuda.get_device_properties(triton_device).total_memory < 24 * 2**30:
-        pytest.skip("needs 6 GiB of GPU memory for the logits and room for their gradient")
-    buffer = torch.empty(stride + 7, dtype=torch.float16, device=triton_device)
-    case = make_case((2, 7), torch.float16).to(triton_device)
-    logits = buffer.as_strided((2, 7), (stride, 1))
-    logits.copy_(case.logits)
-    far = Case(logits, case.target, case.margins, case.upstream, case.options)
-    for grad_in_forward in MODES:
-        loss, grad = evaluate(far, grad_in_forward=grad_in_forward)
-        assert_accurate(far, loss, grad, roundings=2)
-    classes = buffer.as_strided((2, 2), (1, stride))  # and two classes that far apart
-    classes.copy_(case.logits[:, :2])
-    far = Case(classes, case.target % 2, None, case.upstream, {})
-    for grad_in_forward in MODES:
+@pytest.mark.parametrize(("n", "stride"), [(2, 2**31 + 5), (3, 2**30 + 5)], ids=["stride", "stride x index"])
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_offsets_beyond_2_to_the_31(triton_device, n, stride, grad_in_forward):
+    """Rows or classes more than 2**31 elements apart in a buffer that is reserved but, between them, never touched."""
+    if triton_device.type == "cuda" and torch.cuda.get_device_properties(triton_device).total_memory < 12 * 2**30:
+        pytest.skip("needs 5 GB of GPU memory")
+    buffer = torch.empty((n - 1) * stride + 7, dtype=torch.float16, device=triton_device)
+    for shape, strides in ((n, 7), (stride, 1)), ((3, n), (1, stride)):  # far rows; far classes
+        case = make_case(shape, torch.float16).to(triton_device)
+        logits = buffer.as_strided(shape, strides).copy_(case.logits)
+        far = Case(logits, case.target, case.margins, case.upstream, case.options)
         loss, grad = evaluate(far, grad_in_forward=grad_in_forward)
         assert_accurate(far, loss, grad, roundings=2)
