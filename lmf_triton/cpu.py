@@ -12,7 +12,7 @@ from torch import Tensor
 from .options import LossOptions
 
 # Logits are worked through in pieces of about this many elements, so that the passes over a piece find it in cache.
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 22
 
 BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in kernels.py
 
@@ -73,27 +73,26 @@ def _evaluate(
     ignored = ignored if bool(ignored.any()) else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
-    weights = None if weight is None else _unless(ignored, weight.to(dtype)[classes])
+    weights = None if weight is None else _finish(weight.to(dtype)[classes], ignored)
     margin = None if margins is None else margins.to(dtype)[classes]
     ldam_total, focal_total = _totals(options, target.numel(), ignored, weights)
 
-    ldam, focal = torch.zeros((2, *target.shape), dtype=dtype)  # the two terms of each sample
     upstream = None if upstream is None else upstream.expand(target.shape)
-    per_sample = classes, ignored, weights, margin, upstream, ldam, focal
-    batch_axis = () if logits.ndim > 1 else (None,)
-    tensors = (t if t is None else t[batch_axis] for t in (logits, grad, *per_sample))
-    for chunk in _chunks(*tensors):
-        _evaluate_chunk(*chunk, options, ldam_total, focal_total)
+    tensors = logits, grad, classes, ignored, weights, margin, upstream
+    if logits.ndim == 1:
+        tensors = (t if t is None else t.unsqueeze(0) for t in tensors)
+    terms = [_evaluate_chunk(*chunk, options, ldam_total, focal_total) for chunk in _chunks(*tensors)]
 
     if options.reduction == "none":
-        return ldam.add_(focal)
-    if options.reduction == "mean_per_term":
-        # A term whose coefficient is 0 has no say, not even through a denominator of 0.
-        parts = (ldam.sum(dtype=torch.float64) / ldam_total if options.alpha != 0 else 0.0) + (
-            focal.sum(dtype=torch.float64) / focal_total if options.beta != 0 else 0.0
-        )
-        return parts.to(dtype)
-    return (ldam.add_(focal).sum(dtype=torch.float64) / ldam_total).to(dtype)
+        losses = [sum(term for term in chunk if term is not None) for chunk in terms]
+        return torch.cat(losses).view(target.shape)
+    # A float64 sum costs nothing here. A term whose coefficient is 0 has no say, not even by a denominator of 0.
+    loss = torch.zeros((), dtype=torch.float64)
+    for ldam, focal in terms:
+        for term, total in (ldam, ldam_total), (focal, focal_total):
+            if term is not None:
+                loss += term.sum(dtype=torch.float64) / total
+    return loss.to(dtype)
 
 
 def _totals(
@@ -116,14 +115,12 @@ def _evaluate_chunk(
     weights: Tensor | None,
     margin: Tensor | None,
     upstream: Tensor | None,
-    ldam: Tensor,
-    focal: Tensor,
     options: LossOptions,
     ldam_total: float,
     focal_total: float,
-) -> None:
-    """Fill the terms and the gradient of a few samples; the class axis is axis 1, all others are sample axes."""
-    dtype = ldam.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The two weighted terms of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     has_ldam, has_focal, unit_scale = options.alpha != 0, options.beta != 0, options.scale == 1
     index = classes.unsqueeze(1)
 
@@ -131,49 +128,50 @@ def _evaluate_chunk(
     # of the arithmetic type is the work space of its own computation.
     work_space = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     gaps = work_space.copy_(logits).scatter_(1, index, -torch.inf)
-    m = gaps.amax(1)
-    m.masked_fill_(m == -torch.inf, 0)
+    m = gaps.amax(1).clamp_min_(torch.finfo(dtype).min)  # finite also where there are no others, or all are at -inf
     gaps.sub_(m.unsqueeze(1))
-    scaled = gaps.mul(options.scale).exp_() if has_ldam and not unit_scale else None
-    plain = gaps.exp_() if has_focal or unit_scale else None
-    plain_sum = None if plain is None else plain.sum(1)
-    scaled_sum = None if scaled is None else scaled.sum(1)
+    plain_sum = scaled_sum = None
+    if has_ldam and not unit_scale:
+        scaled = gaps.mul(options.scale).exp_()
+        scaled_sum = scaled.sum(1)
+    if has_focal or unit_scale:
+        plain = gaps.exp_()
+        plain_sum = plain.sum(1)
 
     # The two terms, and their slopes in the gap between the others and the target. An infinite x_y has no softmax.
     x_y = logits.gather(1, index).squeeze(1).to(dtype)
-    gap = (m - x_y).masked_fill_(x_y == torch.inf, torch.nan)
-    plain_slope = scaled_slope = None
-    if has_focal:
-        value, slope = _focal(gap + plain_sum.log(), options.gamma)
-        focal.copy_(_unless(ignored, _weighted(value, weights, options.beta)))
-        plain_slope = _weighted(slope, weights, options.beta / focal_total)
+    gap = m.sub_(x_y).masked_fill_(x_y == torch.inf, torch.nan)
+    u = None if plain_sum is None else gap + plain_sum.log()
+    ldam = focal = plain_slope = scaled_slope = None
     if has_ldam:
-        shifted = gap if margin is None else gap + margin
-        v = shifted + plain_sum.log() if unit_scale else scaled_sum.log().add_(shifted, alpha=options.scale)
-        ldam.copy_(_unless(ignored, _weighted(_softplus(v), weights, options.alpha)))
-        slope = _weighted(v.sigmoid_(), weights, options.alpha * options.scale / ldam_total)
-        if not unit_scale:
-            scaled_slope = slope
-        else:
-            plain_slope = slope if plain_slope is None else plain_slope.add_(slope)
+        v = u if unit_scale else scaled_sum.log().add_(gap, alpha=options.scale)
+        v = v if margin is None else v.add(margin, alpha=options.scale)
+        ldam = _finish(_softplus(v).mul_(options.alpha), ignored, weights)
+        slope = v.sigmoid().mul_(options.alpha * options.scale / ldam_total)
+        plain_slope, scaled_slope = (slope, None) if unit_scale else (None, slope)
+    if has_focal:
+        value, slope = _focal(u, options.gamma)
+        focal = _finish(value.mul_(options.beta), ignored, weights)
+        slope.mul_(options.beta / focal_total)
+        plain_slope = slope if plain_slope is None else plain_slope.add_(slope)
     if grad is None:
-        return
+        return ldam, focal
 
     result = target_grad = None
-    for exponentials, total, slope in (plain, plain_sum, plain_slope), (scaled, scaled_sum, scaled_slope):
-        if slope is None:
-            continue
-        if upstream is not None:
-            slope = slope * upstream
-        slope = _unless(ignored, slope)
-        part = exponentials.mul_((slope / total.masked_fill(total == 0, 1)).unsqueeze(1))
+    if plain_slope is not None:
+        _finish(plain_slope, ignored, weights, upstream)
+        result, target_grad = plain.mul_(_coefficient(plain_slope, plain_sum)), plain_slope.neg()
+    if scaled_slope is not None:
+        _finish(scaled_slope, ignored, weights, upstream)
+        part = scaled.mul_(_coefficient(scaled_slope, scaled_sum))
         result = part if result is None else result.add_(part)
-        target_grad = -slope if target_grad is None else target_grad - slope
+        target_grad = scaled_slope.neg() if target_grad is None else target_grad.sub_(scaled_slope)
     result.scatter_(1, index, target_grad.unsqueeze(1))
     if ignored is not None:
         result.masked_fill_(ignored.unsqueeze(1), 0)
     if result is not grad:
         grad.copy_(result)
+    return ldam, focal
 
 
 def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None, ...]]:
@@ -185,14 +183,17 @@ def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None,
     return [tuple(None if t is None else t[start : start + size] for t in tensors) for start in range(0, n, size)]
 
 
-def _unless(ignored: Tensor | None, per_sample: Tensor) -> Tensor:
-    """``per_sample`` with exact zeros for ignored samples, whatever their logits and the denominators are."""
-    return per_sample if ignored is None else per_sample.masked_fill(ignored, 0)
+def _finish(per_sample: Tensor, ignored: Tensor | None, *factors: Tensor | None) -> Tensor:
+    """In place: times the factors, and exactly 0 for ignored samples, whatever their logits and the totals are."""
+    for factor in factors:
+        if factor is not None:
+            per_sample.mul_(factor)
+    return per_sample if ignored is None else per_sample.masked_fill_(ignored, 0)
 
 
-def _weighted(per_sample: Tensor, weights: Tensor | None, factor: float) -> Tensor:
-    per_sample = per_sample if factor == 1 else per_sample * factor
-    return per_sample if weights is None else per_sample * weights
+def _coefficient(slope: Tensor, total: Tensor) -> Tensor:
+    """What multiplies the exponentials. Their sum is at least 1, that of the largest, unless there are no others."""
+    return (slope / total.clamp_min(1)).unsqueeze(1)
 
 
 def _softplus(z: Tensor) -> Tensor:
