@@ -41,6 +41,7 @@ def forward(
     out_strides = launch.contiguous_strides(target.shape) if per_row or with_coefs else row_strides
     layout = launch.row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
     logits_strides, target_strides, out_strides, grad_row_strides = layout.strides
+    align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
     config = launch.forward_config(
         layout.n_groups,
         layout.n_rows,
@@ -70,18 +71,19 @@ def forward(
                 *_float_arguments(options, dtype),
                 options.ignore_index,
                 layout.n_rows,
-                n_classes,
-                *logits_strides,
+                n_classes // align,
+                *(stride // align for stride in logits_strides),
                 class_stride,
                 *target_strides,
                 *out_strides,
-                *grad_row_strides,
+                *(stride // align for stride in grad_row_strides),
                 grad_class_stride,
                 HAS_LDAM=options.alpha != 0,
                 HAS_FOCAL=options.beta != 0,
                 UNIT_SCALE=options.scale == 1,
                 REDUCTION=options.reduction,
                 N_TOTALS=1 if totals is None else totals.shape[1],
+                ALIGN=align,
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
                 CLASS_BLOCKS=-(-n_classes // config.block_classes),
@@ -116,6 +118,7 @@ def backward(
         grad_row_strides,
     )
     logits_strides, target_strides, coefs_strides, upstream_strides, grad_row_strides = layout.strides
+    align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
     config = launch.elementwise_config(layout.n_rows, n_classes, coefs.dtype.itemsize)
     _, _, _, scale = _float_arguments(options, coefs.dtype)
     with _device_of(logits):
@@ -129,16 +132,17 @@ def backward(
                 scale,
                 options.ignore_index,
                 layout.n_rows,
-                n_classes,
-                *logits_strides,
+                n_classes // align,
+                *(stride // align for stride in logits_strides),
                 class_stride,
                 *target_strides,
                 *coefs_strides,
                 *upstream_strides,
-                *grad_row_strides,
+                *(stride // align for stride in grad_row_strides),
                 grad_class_stride,
                 PLAIN=options.beta != 0 or options.scale == 1,
                 SCALED=options.alpha != 0 and options.scale != 1,
+                ALIGN=align,
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
                 num_warps=config.num_warps,

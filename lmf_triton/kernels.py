@@ -158,7 +158,7 @@ def forward_kernel(
     scale,
     ignore_index,
     n_rows,
-    n_classes,
+    n_classes,  # this and the strides of groups and rows of logits and gradient in units of ALIGN elements
     logits_stride_group,
     logits_stride_row,
     logits_stride_class,
@@ -174,6 +174,7 @@ def forward_kernel(
     UNIT_SCALE: tl.constexpr,  # scale == 1: both terms share their exponentials
     REDUCTION: tl.constexpr,
     N_TOTALS: tl.constexpr,
+    ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr,  # 1: the tile stays in registers between loss and gradient
@@ -184,6 +185,7 @@ def forward_kernel(
     SCALED: tl.constexpr = HAS_LDAM and not UNIT_SCALE  # e^(scale * (x_j - m)) is needed
 
     program = tl.program_id(0)
+    n_classes = ALIGN * n_classes
     row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
     group = (program // row_blocks).to(tl.int64)
     rows = (program % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -192,7 +194,7 @@ def forward_kernel(
 
     target_ptrs = target_ptr + group * target_stride_group + rows * target_stride_row
     target, kept, out_of_range = _load_target(target_ptrs, row_mask, n_classes, ignore_index)
-    row_ptrs = logits_ptr + group * logits_stride_group + rows * logits_stride_row
+    row_ptrs = logits_ptr + ALIGN * (group * logits_stride_group + rows * logits_stride_row)
     x_y = tl.load(row_ptrs + target.to(tl.int64) * logits_stride_class, mask=kept, other=0.0).to(dtype)
 
     # Row statistics: m, the largest of the others, and the sums of their exponentials relative to m.
@@ -301,7 +303,7 @@ def forward_kernel(
         tl.store(row_coefs + 3, slope, mask=row_mask)
 
     if grad_ptr is not None:
-        grad_rows = grad_ptr + group * grad_stride_group + rows * grad_stride_row
+        grad_rows = grad_ptr + ALIGN * (group * grad_stride_group + rows * grad_stride_row)
         if CLASS_BLOCKS == 1:
             grad = _gradient(gaps, offs_c, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
             grad_ptrs = grad_rows[:, None] + offs_c[None, :].to(tl.int64) * grad_stride_class
@@ -330,7 +332,7 @@ def backward_kernel(
     scale,
     ignore_index,
     n_rows,
-    n_classes,
+    n_classes,  # this and the strides of groups and rows of logits and gradient in units of ALIGN elements
     logits_stride_group,
     logits_stride_row,
     logits_stride_class,
@@ -345,12 +347,14 @@ def backward_kernel(
     grad_stride_class,
     PLAIN: tl.constexpr,
     SCALED: tl.constexpr,
+    ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
     """The gradient of one tile from the logits and each row's coefficients, times the upstream gradient."""
     dtype: tl.constexpr = coefs_ptr.dtype.element_ty
     program = tl.program_id(0)
+    n_classes = ALIGN * n_classes
     class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
     row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
     group = (program // class_blocks // row_blocks).to(tl.int64)
@@ -369,12 +373,12 @@ def backward_kernel(
     scaled_coef = upstream * tl.load(row_coefs + 2, mask=row_mask, other=0.0)
     slope = upstream * tl.load(row_coefs + 3, mask=row_mask, other=0.0)
 
-    logits_ptrs = logits_ptr + group * logits_stride_group + rows * logits_stride_row
+    logits_ptrs = logits_ptr + ALIGN * (group * logits_stride_group + rows * logits_stride_row)
     logits_ptrs = logits_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
     others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
     gaps = others - m[:, None]
     grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
-    grad_ptrs = grad_ptr + group * grad_stride_group + rows * grad_stride_row
+    grad_ptrs = grad_ptr + ALIGN * (group * grad_stride_group + rows * grad_stride_row)
     grad_ptrs = grad_ptrs[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
     mask = row_mask[:, None] & (cols < n_classes)[None, :]
     tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)

@@ -3,6 +3,7 @@
 Nothing here touches a tensor or a device, so every choice can be tested and compiled on a machine without a GPU.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -132,6 +133,14 @@ def elementwise_config(n_rows: int, n_classes: int, itemsize: int) -> LaunchConf
     block_classes = min(_next_power_of_2(n_classes), ELEMENTWISE_TILE)
     block_rows = min(_next_power_of_2(n_rows), ELEMENTWISE_TILE // block_classes)
     return LaunchConfig(block_rows, block_classes, max(4, _warps(block_rows * block_classes, itemsize)))
+
+
+def alignment(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all of these sizes and strides.
+
+    Triton finds out by itself what is divisible by 16, and nothing less; C = 1000 deserves wide loads too.
+    """
+    return math.gcd(16, *sizes)
 
 
 def totals_grid(n_samples: int) -> tuple[int, int]:

@@ -5,8 +5,9 @@ import torch
 from oracle import assert_accurate, evaluate, evaluate_reference, make_case
 from torch.autograd import gradcheck, gradgradcheck
 
-from lmf_triton import lmf_loss
+from lmf_triton import functional, lmf_loss
 from lmf_triton.autograd import LMFFunction
+from reference import lmf as reference
 
 REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
 MODES = [True, False, None]
@@ -93,8 +94,6 @@ def test_part_of_a_larger_expression(device, grad_in_forward, reduction):
         (loss.square().sum() / 3 + logits.square().mean()).backward()
         return layer.weight.grad.clone()
 
-    from reference import lmf as reference
-
     def ours(*args, **kwargs):
         return lmf_loss(*args, grad_in_forward=grad_in_forward, **kwargs)
 
@@ -153,21 +152,24 @@ def test_another_use_of_the_logits_gets_its_own_gradient(device):
 
 
 def test_float16_gradients_of_a_mean_survive_a_loss_scale(device):
-    """The mean over a million samples has gradients of 1e-6 and less; the loss scale must come before float16 does."""
-    n, loss_scale = 1_000_000, 65536.0
-    logits = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float16, device=device).expand(n, 3)
-    logits = logits[: n if logits.is_cuda else 1000].contiguous().requires_grad_()
-    loss_scale *= len(logits) / n  # in the interpreter a thousand samples stand for the million
-    target = torch.zeros(len(logits), dtype=torch.long, device=device)
-    loss = lmf_loss(logits, target)
-    tiny = n / len(logits)
-    (loss / tiny * loss_scale * tiny).backward()
-    expected = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
-    from reference import lmf as reference
+    """The mean over a million samples has gradients of 1e-6 and less, which float16 cannot hold before they are scaled.
 
-    reference.lmf_loss(expected, torch.tensor([0])).backward()
-    grad = logits.grad.double().cpu() / loss_scale * len(logits)
-    torch.testing.assert_close(grad, expected.grad.expand_as(grad), rtol=2e-3, atol=0)
+    In the interpreter a thousand samples stand for the million: their mean counts for a thousandth.
+    """
+    n_samples, loss_scale = 1_000_000, 65536.0
+    is_interpreted = device.type == "cpu" and functional._backend(torch.empty(0)) is not functional.cpu
+    n = 1000 if is_interpreted else n_samples
+    row = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    reference.lmf_loss(row, torch.tensor([0])).backward()
+    expected = row.grad / n_samples
+
+    logits = row.detach().half().repeat(n, 1).to(device).requires_grad_()
+    loss = lmf_loss(logits, torch.zeros(n, dtype=torch.uint8, device=device))
+    (loss * (n / n_samples) * loss_scale).backward()
+    grad = logits.grad.double().cpu() / loss_scale
+    torch.testing.assert_close(grad, expected.expand_as(grad), rtol=2e-3, atol=0)
+    unscaled = expected.half()
+    assert ((unscaled.double() - expected).abs() > 0.01 * expected.abs()).any()  # so the order does matter
 
 
 def test_under_autocast(device):

@@ -29,8 +29,9 @@ for name, dtype, target, recompute, scale in json.load(sys.stdin):
         print(json.dumps(result))
 """
 
-# One row a program, a row that fills its tile, a loop over classes, aligned short rows, unaligned ones, dense.
-PROBLEMS = ["large_1k_bf16", "large_32k_bf16", "large_64k_bf16", "short_256", "short_7", "dense_19"]
+# One row a program, a row that fills its tile, a loop over classes, C = 1000 (not divisible by 16), aligned short
+# rows, unaligned ones, dense.
+PROBLEMS = ["large_1k_bf16", "large_32k_bf16", "large_64k_bf16", "imagenet", "short_256", "short_7", "dense_19"]
 CASES = [
     *((problem, dtype, "sm_90", 0, 1.0) for problem in PROBLEMS for dtype in ("bfloat16", "float16", "float32")),
     *((problem, "bfloat16", "sm_90", 1, 1.0) for problem in PROBLEMS),
@@ -90,6 +91,8 @@ def test_no_float64_arithmetic_for_smaller_logits(reports):
         ("large_1k_bf16", "float32", 1024 // 4 // 32),
         ("large_32k_bf16", "bfloat16", 32768 // 8 // 512),
         ("large_32k_bf16", "float32", 32768 // 4 // 512),
+        ("imagenet", "bfloat16", 1024 // 8 // 32),
+        ("imagenet", "float32", 1024 // 4 // 32),
         ("short_256", "bfloat16", 4 * 256 // 8 // 128),
         ("dense_19", "bfloat16", 128 * 32 // 8 // 128),
         ("dense_19", "float32", 128 * 32 // 4 // 128),

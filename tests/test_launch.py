@@ -110,6 +110,13 @@ def test_short_rows_share_a_program_and_long_rows_do_not():
     assert launch.forward_config(1, 4096, 32768, 4).block_rows == 1
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((7, 7), 1), ((1000, 1000, 1000), 8), ((8, 0, 24), 8), ((1024, 4096), 16), ((19, 1), 1)]
+)
+def test_alignment(sizes, expected):
+    assert launch.alignment(*sizes) == expected
+
+
 @pytest.mark.parametrize("n_samples", [1, 1024, 1025, 10**6, 2**22, 10**9])
 def test_totals_grid_covers_all_samples(n_samples):
     n_programs, steps = launch.totals_grid(n_samples)
