@@ -33,7 +33,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-KERNELS = ("totals_kernel", "forward_kernel", "backward_kernel", "scale_kernel")
+KERNELS = ("totals_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
 LMF = LossOptions(alpha=1.0, beta=1.0, gamma=1.5, scale=1.0, ignore_index=-100, reduction="mean")
 
 
@@ -44,11 +44,12 @@ class Launch:
     kernel: str
     n_programs: int
     arguments: dict[str, Any]
-    num_warps: int
+    options: dict[str, Any]
 
     def __str__(self) -> str:
-        blocks = (self.arguments.get(f"BLOCK_{axis}") for axis in ("ROWS", "CLASSES"))
-        return f"{self.kernel.removesuffix('_kernel')} {'x'.join(str(b) for b in blocks if b)}/{self.num_warps}w"
+        blocks = [self.arguments[f"BLOCK_{axis}"] for axis in ("ROWS", "CLASSES") if f"BLOCK_{axis}" in self.arguments]
+        warps = self.options.get("num_warps", 4)
+        return f"{self.kernel.removesuffix('_kernel')} {'x'.join(map(str, blocks))}/{warps}w"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class Report:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
 
 
-def recorded_launches(problem: Problem, options: LossOptions = LMF, *, dtype=None, recompute=False) -> list[Launch]:
+def recorded_launches(
+    problem: Problem, options: LossOptions = LMF, *, dtype: torch.dtype | None = None, recompute: bool = False
+) -> list[Launch]:
     """The launches of one forward and backward, in order, recorded on meta tensors."""
     dtype = dtype or problem.dtype
     n_classes = problem.shape[1]
@@ -78,9 +81,10 @@ def recorded_launches(problem: Problem, options: LossOptions = LMF, *, dtype=Non
 
         class Recorder:
             def __getitem__(self, grid):
-                def launch(*args, num_warps=4, **kwargs):
+                def launch(*args, **kwargs):
                     arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-                    launches.append(Launch(name, grid[0], arguments, num_warps))
+                    options = {key: arguments.pop(key) for key in kwargs if key not in kernel.arg_names}
+                    launches.append(Launch(name, grid[0], arguments, options))
 
                 return launch
 
@@ -91,13 +95,13 @@ def recorded_launches(problem: Problem, options: LossOptions = LMF, *, dtype=Non
         for name in KERNELS:
             originals[name], stand_in = recorder(name)
             setattr(kernels, name, stand_in)
-        loss, grad, coefs = gpu.forward(
-            logits, target, margins, None, options, with_grad=not recompute, with_coefs=recompute
+        loss, grad, saved = gpu.forward(
+            logits, target, margins, None, options, with_grad=not recompute, with_saved=recompute
         )
         if recompute:
-            gpu.backward(logits, target, margins, None, coefs, torch.empty_like(loss), options)
+            gpu.backward(saved, torch.empty_like(loss), options)
         else:
-            gpu.scale(grad, torch.empty_like(loss), in_place=True)
+            gpu.apply_upstream(grad, torch.empty_like(loss), in_place=True)
     finally:
         for name, kernel in originals.items():
             setattr(kernels, name, kernel)
@@ -120,7 +124,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
         elif detail:
             attributes[(i,)] = BaseBackend.parse_attr(detail)
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def report(compiled: CompiledKernel) -> Report:

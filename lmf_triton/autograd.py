@@ -27,13 +27,10 @@ class LMFFunction(Function):
         grad_in_forward: bool,
         backend: ModuleType,
     ) -> Tensor:
-        loss, grad, coefs = backend.forward(
-            logits, target, margins, weight, options, with_grad=grad_in_forward, with_coefs=not grad_in_forward
+        loss, grad, saved = backend.forward(
+            logits, target, margins, weight, options, with_grad=grad_in_forward, with_saved=not grad_in_forward
         )
-        if grad_in_forward:
-            ctx.save_for_backward(grad)
-        else:
-            ctx.save_for_backward(logits, target, margins, weight, coefs)
+        ctx.save_for_backward(*((grad,) if grad_in_forward else saved))
         ctx.options, ctx.grad_in_forward, ctx.backend = options, grad_in_forward, backend
         return loss
 
@@ -43,9 +40,9 @@ class LMFFunction(Function):
             if ctx.grad_in_forward:
                 (grad,) = ctx.saved_tensors
                 # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it.
-                grad = ctx.backend.scale(grad, upstream, in_place=not _graph_is_kept())
+                grad = ctx.backend.apply_upstream(grad, upstream, in_place=not _graph_is_kept())
             else:
-                grad = ctx.backend.backward(*ctx.saved_tensors, upstream, ctx.options)
+                grad = ctx.backend.backward(ctx.saved_tensors, upstream, ctx.options)
         if torch.is_grad_enabled():  # create_graph=True
             logits_node = ctx.next_functions[0][0]
             leaf = getattr(logits_node, "variable", None)  # the logits, if they are a leaf

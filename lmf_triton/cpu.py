@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import LossOptions
+from .options import LossOptions, arithmetic_dtype
 
-# Logits are worked through in pieces of about this many elements, so that the passes over a piece find it in cache.
+# Logits are worked through in pieces of about this many elements, which bounds the memory for widened half logits. On
+# two cores of an AMD EPYC smaller pieces lose more to the overhead of small operations than they gain in the caches.
 CHUNK_ELEMENTS = 1 << 22
 
 BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in kernels.py
@@ -25,29 +26,23 @@ def forward(
     options: LossOptions,
     *,
     with_grad: bool,
-    with_coefs: bool,
-) -> tuple[Tensor, Tensor | None, None]:
-    """The loss and, where asked for, its gradient. :func:`backward` needs no coefficients: it starts again."""
+    with_saved: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...] | None]:
+    """The loss and, where asked for, its gradient, and the tensors from which :func:`backward` computes it."""
     grad = torch.empty_like(logits) if with_grad else None
-    return _evaluate(logits, target, margins, weight, options, grad), grad, None
+    loss = _evaluate(logits, target, margins, weight, options, grad)
+    return loss, grad, (logits, target, margins, weight) if with_saved else None
 
 
-def backward(
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
-    coefs: None,
-    upstream: Tensor,
-    options: LossOptions,
-) -> Tensor:
-    """The gradient of the logits for this upstream gradient."""
+def backward(saved: tuple[Tensor | None, ...], upstream: Tensor, options: LossOptions) -> Tensor:
+    """The gradient of the logits, computed anew from the loss's own arguments."""
+    logits, target, margins, weight = saved
     grad = torch.empty_like(logits)
     _evaluate(logits, target, margins, weight, options, grad, upstream)
     return grad
 
 
-def scale(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
+def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     """``upstream * grad``, rounded once; in place, nothing is done when every upstream gradient is exactly 1."""
     if upstream.ndim > 0:
         upstream = upstream.unsqueeze(1)
@@ -67,13 +62,13 @@ def _evaluate(
     upstream: Tensor | None = None,
 ) -> Tensor:
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(logits)
     classes = target.long()
     ignored = classes == options.ignore_index  # in int64: uint8 has no -100, and would compare it as 156
     ignored = ignored if bool(ignored.any()) else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
-    weights = None if weight is None else _finish(weight.to(dtype)[classes], ignored)
+    weights = None if weight is None else _scale_rows(weight.to(dtype)[classes], ignored)
     margin = None if margins is None else margins.to(dtype)[classes]
     ldam_total, focal_total = _totals(options, target.numel(), ignored, weights)
 
@@ -120,7 +115,7 @@ def _evaluate_chunk(
     focal_total: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The two weighted terms of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(logits)
     has_ldam, has_focal, unit_scale = options.alpha != 0, options.beta != 0, options.scale == 1
     index = classes.unsqueeze(1)
 
@@ -146,12 +141,12 @@ def _evaluate_chunk(
     if has_ldam:
         v = u if unit_scale else scaled_sum.log().add_(gap, alpha=options.scale)
         v = v if margin is None else v.add(margin, alpha=options.scale)
-        ldam = _finish(_softplus(v).mul_(options.alpha), ignored, weights)
+        ldam = _scale_rows(_softplus(v).mul_(options.alpha), ignored, weights)
         slope = v.sigmoid().mul_(options.alpha * options.scale / ldam_total)
         plain_slope, scaled_slope = (slope, None) if unit_scale else (None, slope)
     if has_focal:
         value, slope = _focal(u, options.gamma)
-        focal = _finish(value.mul_(options.beta), ignored, weights)
+        focal = _scale_rows(value.mul_(options.beta), ignored, weights)
         slope.mul_(options.beta / focal_total)
         plain_slope = slope if plain_slope is None else plain_slope.add_(slope)
     if grad is None:
@@ -159,10 +154,10 @@ def _evaluate_chunk(
 
     result = target_grad = None
     if plain_slope is not None:
-        _finish(plain_slope, ignored, weights, upstream)
+        _scale_rows(plain_slope, ignored, weights, upstream)
         result, target_grad = plain.mul_(_coefficient(plain_slope, plain_sum)), plain_slope.neg()
     if scaled_slope is not None:
-        _finish(scaled_slope, ignored, weights, upstream)
+        _scale_rows(scaled_slope, ignored, weights, upstream)
         part = scaled.mul_(_coefficient(scaled_slope, scaled_sum))
         result = part if result is None else result.add_(part)
         target_grad = scaled_slope.neg() if target_grad is None else target_grad.sub_(scaled_slope)
@@ -183,7 +178,7 @@ def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None,
     return [tuple(None if t is None else t[start : start + size] for t in tensors) for start in range(0, n, size)]
 
 
-def _finish(per_sample: Tensor, ignored: Tensor | None, *factors: Tensor | None) -> Tensor:
+def _scale_rows(per_sample: Tensor, ignored: Tensor | None, *factors: Tensor | None) -> Tensor:
     """In place: times the factors, and exactly 0 for ignored samples, whatever their logits and the totals are."""
     for factor in factors:
         if factor is not None:
@@ -197,7 +192,7 @@ def _coefficient(slope: Tensor, total: Tensor) -> Tensor:
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z). Beyond 40, where e^z could overflow, z itself is right to the last bit of float64."""
+    """log(1 + e^z). Beyond 40 it is z to the last bit of float64, and e^z is not taken where it would overflow."""
     return F.softplus(z, threshold=40)
 
 

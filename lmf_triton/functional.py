@@ -46,7 +46,8 @@ def lmf_loss(
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float16, bfloat16, float32 or float64; any strides.
             Never modified.
-        target: class of each sample, ``()``, ``(N,)`` or ``(N, d1, ..., dk)``; any integer dtype, not copied.
+        target: class of each sample, ``()``, ``(N,)`` or ``(N, d1, ..., dk)``; any integer dtype, which the kernels
+            read as it is.
         margins: Δ, ``(C,)``, any floating dtype; see :func:`lmf_triton.ldam_margins`. ``None`` is no margin.
         alpha: coefficient of the LDAM term, >= 0. (Not a class weight, which other libraries call alpha.)
         beta: coefficient of the focal term, >= 0.
@@ -92,7 +93,7 @@ def lmf_loss(
         _check_target_range(target, logits.shape[min(logits.ndim - 1, 1)], ignore_index)
 
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        loss, _, _ = backend.forward(logits, target, margins, weight, options, with_grad=False, with_coefs=False)
+        loss, _, _ = backend.forward(logits, target, margins, weight, options, with_grad=False, with_saved=False)
         return loss
     if grad_in_forward is None:
         grad_in_forward = reduction != "none" and logits.dtype != torch.float16

@@ -8,10 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import kernels, launch
-from .options import LossOptions
+from .options import LossOptions, arithmetic_dtype
 
 # True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
+
+# Triton 3.10 is to change the default of this one. Results are within the tests' bounds either way.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 N_COEFS = 4  # floats a row from which backward_kernel recomputes the gradient
 
@@ -24,21 +27,22 @@ def forward(
     options: LossOptions,
     *,
     with_grad: bool,
-    with_coefs: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and, where asked for, its gradient and the coefficients from which :func:`backward` recomputes it."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    with_saved: bool,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """The loss and, where asked for, its gradient, and the tensors from which :func:`backward` computes it."""
+    dtype = arithmetic_dtype(logits)
     per_row = options.reduction == "none"
     grad = torch.empty_like(logits) if with_grad else None
-    coefs = logits.new_empty((*target.shape, N_COEFS), dtype=dtype) if with_coefs else None
+    coefs = logits.new_empty((*target.shape, N_COEFS), dtype=dtype) if with_saved else None
+    saved = (logits, target, coefs) if with_saved else None
     if target.numel() == 0:
         empty_value = float("nan") if options.is_mean else 0.0
-        loss = logits.new_full(target.shape if per_row else (), empty_value, dtype=dtype)
-        return loss, grad, coefs
+        return logits.new_full(target.shape if per_row else (), empty_value, dtype=dtype), grad, saved
 
     n_classes, class_stride, row_strides = _axes(logits)
     _, grad_class_stride, grad_row_strides = _axes(logits if grad is None else grad)
-    out_strides = launch.contiguous_strides(target.shape) if per_row or with_coefs else row_strides
+    # Where nothing is written per row, the logits' strides stand in: they keep no dimensions apart.
+    out_strides = launch.contiguous_strides(target.shape) if per_row or with_saved else row_strides
     layout = launch.row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
     logits_strides, target_strides, out_strides, grad_row_strides = layout.strides
     align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
@@ -68,7 +72,7 @@ def forward(
                 _from(loss, out_at if per_row else i * n_programs),
                 _from(grad, grad_at),
                 _from(coefs, N_COEFS * out_at),
-                *_float_arguments(options, dtype),
+                *_float_arguments((options.alpha, options.beta, options.gamma, options.scale), dtype),
                 options.ignore_index,
                 layout.n_rows,
                 n_classes // align,
@@ -88,22 +92,16 @@ def forward(
                 BLOCK_CLASSES=config.block_classes,
                 CLASS_BLOCKS=-(-n_classes // config.block_classes),
                 num_warps=config.num_warps,
+                **COMPILER_OPTIONS,
             )
         if not per_row:
             loss = loss.sum() if n_partials > 1 else loss.view(())
-    return loss, grad, coefs
+    return loss, grad, saved
 
 
-def backward(
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
-    coefs: Tensor,
-    upstream: Tensor,
-    options: LossOptions,
-) -> Tensor:
-    """The gradient of the logits, recomputed from them and from what :func:`forward` kept of each row."""
+def backward(saved: tuple[Tensor, ...], upstream: Tensor, options: LossOptions) -> Tensor:
+    """The gradient of the logits, recomputed from what :func:`forward` saved."""
+    logits, target, coefs = saved
     grad = torch.empty_like(logits)
     if target.numel() == 0:
         return grad
@@ -120,7 +118,6 @@ def backward(
     logits_strides, target_strides, coefs_strides, upstream_strides, grad_row_strides = layout.strides
     align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
     config = launch.elementwise_config(layout.n_rows, n_classes, coefs.dtype.itemsize)
-    _, _, _, scale = _float_arguments(options, coefs.dtype)
     with _device_of(logits):
         for logits_at, target_at, coefs_at, upstream_at, grad_at in layout.offsets:
             kernels.backward_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
@@ -129,7 +126,7 @@ def backward(
                 _from(coefs, coefs_at),
                 _from(upstream, upstream_at),
                 _from(grad, grad_at),
-                scale,
+                *_float_arguments((options.scale,), coefs.dtype),
                 options.ignore_index,
                 layout.n_rows,
                 n_classes // align,
@@ -146,11 +143,12 @@ def backward(
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
                 num_warps=config.num_warps,
+                **COMPILER_OPTIONS,
             )
     return grad
 
 
-def scale(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
+def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     """``upstream * grad``, rounded once; in place, nothing is moved where the upstream gradient is exactly 1."""
     out = grad if in_place else torch.empty_like(grad)
     if grad.numel() == 0:
@@ -166,7 +164,7 @@ def scale(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     config = launch.elementwise_config(layout.n_rows, n_classes, upstream.dtype.itemsize)
     with _device_of(grad):
         for grad_at, upstream_at in layout.offsets:
-            kernels.scale_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
+            kernels.upstream_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
                 _from(grad, grad_at),
                 _from(upstream, upstream_at),
                 _from(out, grad_at),
@@ -179,6 +177,7 @@ def scale(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
                 num_warps=config.num_warps,
+                **COMPILER_OPTIONS,
             )
     return out
 
@@ -203,6 +202,7 @@ def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index:
             ONE_GROUP=layout.n_groups == 1,
             STEPS=steps,
             BLOCK_ROWS=launch.TOTALS_BLOCK_ROWS,
+            **COMPILER_OPTIONS,
         )
     return totals[0] if len(totals) == 1 else totals.sum(0)
 
@@ -225,13 +225,12 @@ def _from(tensor: Tensor | None, offset: int) -> Tensor | None:
     return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset)
 
 
-def _float_arguments(options: LossOptions, dtype: torch.dtype):
-    """alpha, beta, gamma, scale. Triton passes a float as float32, so float64 logits get them as constants."""
-    values = options.alpha, options.beta, options.gamma, options.scale
+def _float_arguments(values: tuple[float, ...], dtype: torch.dtype) -> tuple:
+    """Triton passes a float as float32, so float64 logits get theirs as constants: each new value compiles anew."""
     return tuple(map(tl.constexpr, values)) if dtype == torch.float64 and not INTERPRETED else values
 
 
-def _device_of(tensor: Tensor):
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make that the tensor's."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)

@@ -83,9 +83,20 @@ def _weight_of(weight_ptr, target, kept, dtype: tl.constexpr):
 
 
 @triton.jit
+def _tile_ptrs(row_ptrs, cols, stride_class):
+    return row_ptrs[:, None] + cols[None, :].to(tl.int64) * stride_class
+
+
+@triton.jit
+def _tile_mask(row_mask, cols, n_classes):
+    return row_mask[:, None] & (cols < n_classes)[None, :]
+
+
+@triton.jit
 def _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr):
     """A tile of logits, -inf at the target, in rows that do not take part, and outside the tensor."""
-    mask = row_mask[:, None] & (offs_c < n_classes)[None, :]
+    # Not masked by kept: a mask that depends on data would split the wide loads of class-strided tiles.
+    mask = _tile_mask(row_mask, offs_c, n_classes)
     x = tl.load(logits_ptrs, mask=mask, other=-float("inf")).to(dtype)
     return tl.where(kept[:, None] & (offs_c[None, :] != target[:, None]), x, -float("inf"))
 
@@ -201,7 +212,7 @@ def forward_kernel(
     plain_sum = tl.zeros([BLOCK_ROWS], dtype)
     scaled_sum = tl.zeros([BLOCK_ROWS], dtype)
     if CLASS_BLOCKS == 1:
-        logits_ptrs = row_ptrs[:, None] + offs_c[None, :].to(tl.int64) * logits_stride_class
+        logits_ptrs = _tile_ptrs(row_ptrs, offs_c, logits_stride_class)
         others = _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype)
         m = tl.max(others, axis=1)
         m = tl.where(m == -float("inf"), 0.0, m)
@@ -217,7 +228,7 @@ def forward_kernel(
         lane_scaled = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
         for block in range(CLASS_BLOCKS):
             cols = block * BLOCK_CLASSES + offs_c
-            logits_ptrs = row_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
+            logits_ptrs = _tile_ptrs(row_ptrs, cols, logits_stride_class)
             others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
             is_empty = others == -float("inf")
             if PLAIN:
@@ -306,19 +317,19 @@ def forward_kernel(
         grad_rows = grad_ptr + ALIGN * (group * grad_stride_group + rows * grad_stride_row)
         if CLASS_BLOCKS == 1:
             grad = _gradient(gaps, offs_c, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
-            grad_ptrs = grad_rows[:, None] + offs_c[None, :].to(tl.int64) * grad_stride_class
-            mask = row_mask[:, None] & (offs_c < n_classes)[None, :]
+            grad_ptrs = _tile_ptrs(grad_rows, offs_c, grad_stride_class)
+            mask = _tile_mask(row_mask, offs_c, n_classes)
             tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
         else:
             # Backwards: the blocks read last are the likeliest to be in cache still.
             for block in range(CLASS_BLOCKS):
                 cols = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES + offs_c
-                logits_ptrs = row_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
+                logits_ptrs = _tile_ptrs(row_ptrs, cols, logits_stride_class)
                 others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
                 gaps = others - m[:, None]
                 grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
-                grad_ptrs = grad_rows[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
-                mask = row_mask[:, None] & (cols < n_classes)[None, :]
+                grad_ptrs = _tile_ptrs(grad_rows, cols, grad_stride_class)
+                mask = _tile_mask(row_mask, cols, n_classes)
                 tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -374,18 +385,18 @@ def backward_kernel(
     slope = upstream * tl.load(row_coefs + 3, mask=row_mask, other=0.0)
 
     logits_ptrs = logits_ptr + ALIGN * (group * logits_stride_group + rows * logits_stride_row)
-    logits_ptrs = logits_ptrs[:, None] + cols[None, :].to(tl.int64) * logits_stride_class
+    logits_ptrs = _tile_ptrs(logits_ptrs, cols, logits_stride_class)
     others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
     gaps = others - m[:, None]
     grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
     grad_ptrs = grad_ptr + ALIGN * (group * grad_stride_group + rows * grad_stride_row)
-    grad_ptrs = grad_ptrs[:, None] + cols[None, :].to(tl.int64) * grad_stride_class
-    mask = row_mask[:, None] & (cols < n_classes)[None, :]
+    grad_ptrs = _tile_ptrs(grad_ptrs, cols, grad_stride_class)
+    mask = _tile_mask(row_mask, cols, n_classes)
     tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def scale_kernel(
+def upstream_kernel(
     grad_ptr,  # (group, row, class)
     upstream_ptr,  # (group, row), strides 0 for a scalar
     out_ptr,  # (group, row, class), strides of grad_ptr
@@ -413,9 +424,7 @@ def scale_kernel(
     upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
     n_changed = tl.sum((upstream != 1.0).to(tl.int32))
     if (n_changed > 0) or not IN_PLACE:
-        offs = (group * grad_stride_group + rows * grad_stride_row)[:, None] + cols[None, :].to(
-            tl.int64
-        ) * grad_stride_class
-        mask = row_mask[:, None] & (cols < n_classes)[None, :]
+        offs = _tile_ptrs(group * grad_stride_group + rows * grad_stride_row, cols, grad_stride_class)
+        mask = _tile_mask(row_mask, cols, n_classes)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
         tl.store(out_ptr + offs, (upstream[:, None] * grad).to(out_ptr.dtype.element_ty), mask=mask)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+# Warps of a program with several rows: fewer would not fill a multiprocessor with so small programs.
+MIN_SHARED_WARPS = 4
 # A warp takes 1024 elements of 4 bytes, 32 a thread: with addresses and masks they stay within 128 registers.
 WARP_ELEMENTS = 1024
 MAX_WARPS = 16
-# Longest row in one tile, by bytes of the arithmetic type; it fills MAX_WARPS warps twice and compiles for sm_90
-# without spilling. Longer rows are looped over.
+# Longest row in one tile, by bytes of the arithmetic type; it fills MAX_WARPS warps twice. Longer rows are looped over.
+# For sm_90 triton 3.6 compiles the longest without spilling; 3.9 spills 40 bytes a thread of a tile of 256.
 MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
 # Rows of at most this many classes share a program. Elements of their tile: a 16-byte vector of bfloat16 for each
 # thread of 4 warps, so that where rows are aligned a thread sees one row and computes its loss once.
@@ -26,9 +28,10 @@ MIN_STRIDED_ROWS = 16
 MAX_STRIDED_ROWS = 512
 # Tile of one step of a loop over classes.
 LOOP_TILE = 4096
-# A batch whose tile is at most this big is one program: its means need no pass over the targets beforehand.
+# A batch whose tile is at most this big, 16 elements a thread of 4 warps, is one program: its means need no pass over
+# the targets beforehand.
 MAX_SINGLE_PROGRAM_TILE = 2048
-# Tile of the elementwise kernels (backward, scale).
+# Tile of the elementwise kernels (backward, upstream).
 ELEMENTWISE_TILE = 4096
 # Samples of one step of the pass over the targets, and the most programs that share the pass.
 TOTALS_BLOCK_ROWS = 1024
@@ -37,7 +40,7 @@ MAX_TOTALS_PROGRAMS = 128
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The samples of some tensors of one shape as groups of rows with one stride each.
+    """The samples of some tensors of one shape as ``n_groups`` groups of ``n_rows`` rows each, in every launch.
 
     ``strides[i]`` is ``(stride_group, stride_row)`` of tensor i. Samples that do not fit two strides are split over
     several launches: ``offsets[k][i]`` is where launch k starts in tensor i.
@@ -110,29 +113,30 @@ def forward_config(
     """
     block_classes = _next_power_of_2(n_classes)
     all_rows = _next_power_of_2(n_rows)
+    n_values = 2 if two_exponentials else 1  # that a thread keeps of each element
     if n_groups == 1 and all_rows * block_classes <= MAX_SINGLE_PROGRAM_TILE:
         block_rows = all_rows
     elif not class_contiguous:
         block_rows = min(all_rows, MAX_STRIDED_ROWS, max(MIN_STRIDED_ROWS, STRIDED_TILE // block_classes))
         block_classes = min(block_classes, MAX_STRIDED_TILE * 4 // itemsize // block_rows)
-    elif block_classes > MAX_ONE_TILE_CLASSES[itemsize] // (2 if two_exponentials else 1):
-        block_rows, block_classes = 1, LOOP_TILE
+    elif block_classes > MAX_ONE_TILE_CLASSES[itemsize] // n_values:
+        block_rows, block_classes = 1, LOOP_TILE // n_values
     elif block_classes > MAX_SHORT_CLASSES:
         block_rows = 1
     else:
         block_rows = min(all_rows, SHORT_ROWS_TILE // block_classes)
     n_elements = block_rows * block_classes
     # A long row takes as few warps as hold it, since every warp computes the row's loss.
-    num_warps = _warps(n_elements, itemsize) if block_rows == 1 else max(4, _warps(n_elements, itemsize))
+    num_warps = _warps(n_elements, itemsize) if block_rows == 1 else max(MIN_SHARED_WARPS, _warps(n_elements, itemsize))
     return LaunchConfig(block_rows, block_classes, num_warps)
 
 
 @lru_cache(maxsize=4096)
 def elementwise_config(n_rows: int, n_classes: int, itemsize: int) -> LaunchConfig:
-    """Tile of ``backward_kernel`` and ``scale_kernel``, which need not see a row as a whole."""
+    """Tile of ``backward_kernel`` and ``upstream_kernel``, which need not see a row as a whole."""
     block_classes = min(_next_power_of_2(n_classes), ELEMENTWISE_TILE)
     block_rows = min(_next_power_of_2(n_rows), ELEMENTWISE_TILE // block_classes)
-    return LaunchConfig(block_rows, block_classes, max(4, _warps(block_rows * block_classes, itemsize)))
+    return LaunchConfig(block_rows, block_classes, max(MIN_SHARED_WARPS, _warps(block_rows * block_classes, itemsize)))
 
 
 def alignment(*sizes: int) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ def ldam_margins(
     Args:
         class_counts: training samples of each class, ``(C,)``, in the order of the logits; finite and positive.
         max_margin: margin of the rarest class, which sets C0; >= 0. LDAM's and LMF's authors take 0.5.
-        constant: C0 itself, instead of ``max_margin``; >= 0.
+        constant: C0 itself; >= 0. With it, ``max_margin`` has no say.
 
     Returns:
         ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor.
 
     Raises:
-        TypeError: a count is not a number.
+        TypeError: a count or a margin is not a number.
         ValueError: a count is not finite and positive (its class is named), or a margin is negative or not finite.
 
     References:
@@ -82,5 +83,7 @@ def _counts(class_counts: Sequence[float] | Tensor) -> Tensor:
 
 
 def _check_not_negative(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")

@@ -37,15 +37,18 @@ class LMFLoss(_LossModule):
 
     Args:
         class_counts: training samples of each class, ``(C,)``, in the order of the logits; finite and positive.
-        max_margin: margin of the rarest class; see :func:`lmf_triton.ldam_margins`.
-        weight: class weights, ``(C,)``, or ``None``.
+        alpha, beta, gamma, scale: of the formula, as in ``lmf_loss``.
+        max_margin: margin of the rarest class, fixed when the module is built; see :func:`lmf_triton.ldam_margins`.
+        weight: class weights, ``(C,)``, any floating dtype, or ``None``.
+        ignore_index, reduction: as in ``lmf_loss``.
 
     Shape:
-        logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; target the same without C. The loss is a scalar or,
-        with ``reduction="none"``, of the target's shape.
+        logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, float16 to float64; target the same without C, any
+        integer dtype. The loss is float32 (float64 for float64 logits), a scalar or, with ``reduction="none"``, of
+        the target's shape.
 
     Attributes:
-        margins, weight: buffers, ``(C,)``.
+        margins, weight: buffers, ``(C,)``; ``.to(device)`` moves them to where the logits are.
 
     Raises:
         TypeError, ValueError: for arguments that ``lmf_loss`` or ``ldam_margins`` refuse.
