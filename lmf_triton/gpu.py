@@ -39,6 +39,7 @@ def forward(
         empty_value = float("nan") if options.is_mean else 0.0
         return logits.new_full(target.shape if per_row else (), empty_value, dtype=dtype), grad, saved
 
+    margins, weight = (t if t is None else t.contiguous() for t in (margins, weight))  # (C,): a copy costs nothing
     n_classes, class_stride, row_strides = _axes(logits)
     _, grad_class_stride, grad_row_strides = _axes(logits if grad is None else grad)
     # Where nothing is written per row, the logits' strides stand in: they keep no dimensions apart.

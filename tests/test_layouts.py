@@ -74,6 +74,17 @@ def test_a_million_classes(device):
     assert_accurate(case, loss, grad, roundings=2)
 
 
+@pytest.mark.parametrize("kind", ["strided", "expanded"])
+def test_margins_and_weights_of_any_stride(device, kind):
+    case = make_case((33, 7), torch.float32)
+    values = torch.linspace(0.1, 0.9, 14)
+    per_class = values[::2] if kind == "strided" else values[5:6].expand(7)
+    case = Case(case.logits, case.target, per_class, case.upstream, {"weight": per_class}).to(device)
+    assert not case.margins.is_contiguous()
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
 @pytest.mark.parametrize("grad_in_forward", MODES)
 def test_one_sample_without_a_batch_axis(device, grad_in_forward):
     case = make_case((14,), torch.float32)
