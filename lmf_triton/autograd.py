@@ -26,27 +26,30 @@ class LMFFunction(Function):
         options: LossOptions,
         grad_in_forward: bool,
         backend: ModuleType,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and an empty tensor by which backward can refer to the logits' graph without keeping the logits."""
         loss, grad, saved = backend.forward(
             logits, target, margins, weight, options, with_grad=grad_in_forward, with_saved=not grad_in_forward
         )
-        ctx.save_for_backward(*((grad,) if grad_in_forward else saved))
+        link = logits.new_empty(0)
+        ctx.save_for_backward(link, *((grad,) if grad_in_forward else saved))
         ctx.options, ctx.grad_in_forward, ctx.backend = options, grad_in_forward, backend
-        return loss
+        ctx.set_materialize_grads(False)
+        return loss, link
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor | None, _: None):
+        if upstream is None:
+            return (None,) * 7
+        link, *saved = ctx.saved_tensors
         with torch.no_grad():
             if ctx.grad_in_forward:
-                (grad,) = ctx.saved_tensors
                 # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it.
-                grad = ctx.backend.apply_upstream(grad, upstream, in_place=not _graph_is_kept())
+                grad = ctx.backend.apply_upstream(*saved, upstream, in_place=not _graph_is_kept())
             else:
-                grad = ctx.backend.backward(ctx.saved_tensors, upstream, ctx.options)
+                grad = ctx.backend.backward(saved, upstream, ctx.options)
         if torch.is_grad_enabled():  # create_graph=True
-            logits_node = ctx.next_functions[0][0]
-            leaf = getattr(logits_node, "variable", None)  # the logits, if they are a leaf
-            grad = _FirstOrderOnly.apply(grad, torch.empty(0, requires_grad=True) if leaf is None else leaf, upstream)
+            grad = _FirstOrderOnly.apply(grad, link, upstream)
         return grad, None, None, None, None, None, None
 
 

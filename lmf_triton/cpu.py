@@ -49,6 +49,8 @@ def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     if in_place and bool((upstream == 1).all()):
         return grad
     scaled = grad.to(upstream.dtype) * upstream
+    if not bool(upstream.isfinite().all()):
+        scaled.masked_fill_(grad == 0, 0)  # which it stays, as an ignored sample's
     return grad.copy_(scaled) if in_place else scaled.to(grad.dtype)
 
 
@@ -82,7 +84,7 @@ def _evaluate(
         losses = [sum(term for term in chunk if term is not None) for chunk in terms]
         return torch.cat(losses).view(target.shape)
     # A float64 sum costs nothing here. A term whose coefficient is 0 has no say, not even by a denominator of 0.
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
     for ldam, focal in terms:
         for term, total in (ldam, ldam_total), (focal, focal_total):
             if term is not None:

@@ -1,6 +1,5 @@
 """The loss as a function: checks, and the choice between the Triton kernels and plain PyTorch."""
 
-import math
 from numbers import Integral, Real
 from types import ModuleType
 
@@ -16,7 +15,12 @@ try:
 except ImportError:  # Triton is not installed
     gpu = None
 
-LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+FLOAT32, INT64 = torch.finfo(torch.float32), torch.iinfo(torch.int64)
 
 
 def lmf_loss(
@@ -97,7 +101,8 @@ def lmf_loss(
         return loss
     if grad_in_forward is None:
         grad_in_forward = reduction != "none" and logits.dtype != torch.float16
-    return LMFFunction.apply(logits, target, margins, weight, options, grad_in_forward, backend)
+    loss, _ = LMFFunction.apply(logits, target, margins, weight, options, grad_in_forward, backend)
+    return loss
 
 
 def check_options(
@@ -107,14 +112,16 @@ def check_options(
     for name, value in ("alpha", alpha), ("beta", beta), ("gamma", gamma), ("scale", scale):
         if not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+        if not (value == 0 or FLOAT32.tiny <= value <= FLOAT32.max):
+            raise ValueError(f"{name} must be 0 or positive, finite and within float32's range, got {value!r}")
     if alpha == 0 and beta == 0:
         raise ValueError("alpha and beta are both 0: expected at least one term of the loss")
     if scale == 0:
         raise ValueError(f"scale must be greater than 0, got {scale!r}")
     if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r} of type {type(ignore_index).__name__}")
+    if not INT64.min <= ignore_index <= INT64.max:
+        raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
@@ -124,9 +131,9 @@ def _check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weigh
     for name, tensor in ("logits", logits), ("target", target):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if logits.dtype not in LOGITS_DTYPES:
+    if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
+    if target.dtype not in INTEGER_DTYPES:
         raise TypeError(f"target must hold class indices of an integer dtype, got {target.dtype}")
     shape = logits.shape
     if len(shape) == 0:
@@ -154,8 +161,8 @@ def check_per_class(name: str, per_class: Tensor | None, n_classes: int | None) 
         return
     if not isinstance(per_class, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(per_class).__name__}")
-    if not per_class.dtype.is_floating_point:
-        raise TypeError(f"{name} must be of a floating-point dtype, got {per_class.dtype}")
+    if per_class.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be of a floating-point dtype, float16 to float64, got {per_class.dtype}")
     if per_class.ndim != 1 or n_classes not in (None, len(per_class)):
         expected = "(C,)" if n_classes is None else f"({n_classes},)"
         raise ValueError(f"{name} must have one value a class, shape {expected}, got {tuple(per_class.shape)}")

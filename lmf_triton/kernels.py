@@ -427,4 +427,6 @@ def upstream_kernel(
         offs = _tile_ptrs(group * grad_stride_group + rows * grad_stride_row, cols, grad_stride_class)
         mask = _tile_mask(row_mask, cols, n_classes)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
-        tl.store(out_ptr + offs, (upstream[:, None] * grad).to(out_ptr.dtype.element_ty), mask=mask)
+        # 0 stays 0, also where it is an ignored sample's and its upstream gradient is infinite.
+        out = tl.where(grad == 0, 0.0, upstream[:, None] * grad)
+        tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ def ldam_margins(
         constant: C0 itself; >= 0. With it, ``max_margin`` has no say.
 
     Returns:
-        ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor.
+        ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor, else on PyTorch's default device.
 
     Raises:
         TypeError: a count or a margin is not a number.
@@ -35,7 +35,7 @@ def ldam_margins(
     else:
         _check_not_negative("constant", constant)
         margins = constant * raw
-    return margins.float()
+    return margins.float().to(_device_for(class_counts))
 
 
 def class_balanced_weights(class_counts: Sequence[float] | Tensor, *, beta: float = 0.9999) -> Tensor:
@@ -47,7 +47,7 @@ def class_balanced_weights(class_counts: Sequence[float] | Tensor, *, beta: floa
             (Not the coefficient ``beta`` of the focal term.)
 
     Returns:
-        ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor.
+        ``(C,)`` float32, on the device of ``class_counts`` if that is a tensor, else on PyTorch's default device.
 
     Raises:
         TypeError: a count is not a number.
@@ -56,19 +56,24 @@ def class_balanced_weights(class_counts: Sequence[float] | Tensor, *, beta: floa
     References:
         Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, eq. 2 and section 4.
     """
+    if not isinstance(beta, Real):
+        raise TypeError(f"beta must be a real number, got {beta!r} of type {type(beta).__name__}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta!r}")
     counts = _counts(class_counts)
     # 1 - beta^n without cancellation: for n = 1 and beta near 1 it is 1 - beta.
     log_beta = math.log(beta) if beta > 0 else -math.inf
     weights = 1 / -torch.expm1(counts * log_beta)
-    return (weights * (len(weights) / weights.sum())).float()
+    return (weights * (len(weights) / weights.sum())).float().to(_device_for(class_counts))
 
 
 def _counts(class_counts: Sequence[float] | Tensor) -> Tensor:
-    """The class counts in float64, or an error that names the class at fault."""
+    """The class counts in float64 on the CPU, or an error that names the class at fault."""
     try:
-        counts = torch.as_tensor(class_counts).detach().to(torch.float64)
+        counts = torch.as_tensor(class_counts, device="cpu").detach()
+        if counts.is_complex():
+            raise TypeError("complex counts")
+        counts = counts.to(torch.float64)
     except (TypeError, RuntimeError, ValueError) as error:
         raise TypeError(f"class_counts must be numbers, one a class, got {class_counts!r}") from error
     if counts.ndim != 1 or len(counts) == 0:
@@ -80,6 +85,10 @@ def _counts(class_counts: Sequence[float] | Tensor) -> Tensor:
                 "leave the class out, or give it the count 1"
             )
     return counts
+
+
+def _device_for(class_counts: Sequence[float] | Tensor) -> torch.device:
+    return class_counts.device if isinstance(class_counts, Tensor) else torch.get_default_device()
 
 
 def _check_not_negative(name: str, value: float) -> None:

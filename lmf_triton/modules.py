@@ -26,7 +26,7 @@ class _LossModule(nn.Module):
     def extra_repr(self) -> str:
         shown = {} if self.margins is None else {"n_classes": len(self.margins)}
         shown |= {name: getattr(self, name) for name in self._setting_names}
-        shown["weight"] = None if self.weight is None else [round(w, 4) for w in self.weight.tolist()]
+        shown["weight"] = None if self.weight is None else tuple(self.weight.shape)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 

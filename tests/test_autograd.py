@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_accurate, evaluate, evaluate_reference, make_case
+from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
 from torch.autograd import gradcheck, gradgradcheck
 
 from lmf_triton import functional, lmf_loss
@@ -112,6 +112,13 @@ def test_second_derivatives_are_refused(device, grad_in_forward):
     assert grad.requires_grad
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.square().sum().backward()
+    penalised = torch.autograd.grad(lmf_loss(logits * 1, case.target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(penalised[0].square().sum(), logits)  # logits that are not a leaf
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(
+            lambda x: lmf_loss(x * 1, case.target, grad_in_forward=grad_in_forward), logits.detach()
+        )
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradgradcheck(lambda x: lmf_loss(x, case.target, grad_in_forward=grad_in_forward), (logits,))
 
@@ -182,8 +189,10 @@ def test_under_autocast(device):
         loss = lmf_loss(logits, target)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
-    loss.backward()
-    assert layer.weight.grad.isfinite().all()
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert_accurate(
+        Case(logits.detach(), target, None, torch.tensor(1.0, device=device)), loss.detach().cpu(), grad.cpu()
+    )
 
 
 def test_with_a_grad_scaler(device):
@@ -217,3 +226,31 @@ def test_the_kept_gradient_is_handed_out_without_a_copy(device, value, monkeypat
     assert [pointer for shape, pointer in allocated if shape == logits.shape] == [logits.grad.data_ptr()]
     expected = evaluate_reference(case, torch.float64)[1] / case.upstream.item() * value
     torch.testing.assert_close(logits.grad.cpu().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_ignored_samples_stay_zero_under_any_upstream(device, grad_in_forward, reduction, value):
+    """As in F.cross_entropy, where an overflow of the loss scale does not reach them either."""
+    case = make_case((33, 7), torch.float32, reduction=reduction).to(device)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, reduction=reduction, grad_in_forward=grad_in_forward)
+    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, value))
+    assert (grad[1] == 0).all()
+    assert not grad[0].isfinite().any()
+
+
+def test_the_cpu_path_works_through_chunks(monkeypatch):
+    """Chunks of a few samples, the last one shorter, give what one chunk gives."""
+    monkeypatch.setattr(functional, "_backend", lambda logits: functional.cpu)
+    for shape in (33, 7), (5, 7, 3):
+        for reduction in REDUCTIONS:
+            case = make_case(shape, torch.float64, reduction=reduction)
+            whole = evaluate(case)
+            monkeypatch.setattr(functional.cpu, "CHUNK_ELEMENTS", 2 * case.logits[0].numel())
+            pieces = evaluate(case)
+            monkeypatch.undo()
+            monkeypatch.setattr(functional, "_backend", lambda logits: functional.cpu)
+            for one, other in zip(whole, pieces, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-14, atol=0)

@@ -42,9 +42,15 @@ TARGET = torch.tensor([0, 1, 2, 0])
         ({"target": TARGET.to("meta")}, ValueError, ["target", "meta", "cpu"]),
         ({"logits": LOGITS.to("meta"), "target": TARGET.to("meta")}, ValueError, ["CPU or CUDA", "meta"]),
         ({"alpha": "1"}, TypeError, ["alpha", "'1'"]),
-        ({"alpha": -1.0}, ValueError, ["alpha", "at least 0", "-1.0"]),
+        ({"target": TARGET.to(torch.complex64)}, TypeError, ["integer", "complex64"]),
+        ({"weight": torch.ones(3).to(torch.float8_e4m3fn)}, TypeError, ["weight", "float16", "float8_e4m3fn"]),
+        ({"alpha": -1.0}, ValueError, ["alpha", "positive", "-1.0"]),
+        ({"alpha": 10**400}, ValueError, ["alpha", "float32", "1000"]),
+        ({"scale": 1e39}, ValueError, ["scale", "float32", "1e+39"]),
+        ({"beta": 1e-50}, ValueError, ["beta", "float32", "1e-50"]),
+        ({"ignore_index": 2**64 - 100}, ValueError, ["ignore_index", "int64", "18446744073709551516"]),
         ({"beta": float("nan")}, ValueError, ["beta", "finite", "nan"]),
-        ({"gamma": -0.5}, ValueError, ["gamma", "at least 0", "-0.5"]),
+        ({"gamma": -0.5}, ValueError, ["gamma", "positive", "-0.5"]),
         ({"gamma": torch.tensor(1.0)}, TypeError, ["gamma", "Tensor"]),
         ({"scale": 0.0}, ValueError, ["scale", "greater than 0", "0.0"]),
         ({"scale": float("inf")}, ValueError, ["scale", "finite", "inf"]),
@@ -80,6 +86,7 @@ def test_options_are_keyword_only():
         ([[1, 2]], ValueError, ["(C,)", "(1, 2)"]),
         (7, ValueError, ["(C,)", "()"]),
         (["many"], TypeError, ["numbers", "many"]),
+        ([1j, 2], TypeError, ["numbers", "1j"]),
         (None, TypeError, ["numbers", "None"]),
     ],
     ids=str,
@@ -102,6 +109,8 @@ def test_negative_margins(build):
 def test_effective_number_beta(beta):
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         class_balanced_weights([1, 2], beta=beta)
+    with pytest.raises(TypeError, match="beta must be a real number, got 'a'"):
+        class_balanced_weights([1, 2], beta="a")
 
 
 def test_modules_refuse_bad_settings_when_they_are_built():
@@ -180,7 +189,14 @@ def test_nothing_is_written_outside_the_gradient(triton_device, shape, grad_in_f
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(triton_device).requires_grad_()
     target = torch.randint(shape[1], shape[:1] + shape[2:], generator=torch.Generator().manual_seed(0))
     target = target.to(triton_device)
+    new_empty = torch.Tensor.new_empty
+
+    def guarded_new(like, shape, **kwargs):
+        plain = new_empty(like, shape, **kwargs)
+        return guarded(plain) if plain.is_floating_point() and plain.numel() > 0 else plain
+
     monkeypatch.setattr(torch, "empty_like", guarded)
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded_new)
     loss = lmf_loss(logits, target, reduction=reduction, grad_in_forward=grad_in_forward)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert grad.isfinite().all()

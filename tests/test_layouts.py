@@ -88,7 +88,7 @@ def test_margins_and_weights_of_any_stride(device, kind):
 @pytest.mark.parametrize("grad_in_forward", MODES)
 def test_one_sample_without_a_batch_axis(device, grad_in_forward):
     case = make_case((14,), torch.float32)
-    case = Case(case.logits[::2], case.target // 2, case.margins[::2], case.upstream, {}).to(device)
+    case = Case(case.logits[::2], torch.tensor(5), case.margins[::2], case.upstream, {}).to(device)
     loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
     assert loss.shape == ()
     assert_accurate(case, loss, grad, roundings=2)
@@ -135,7 +135,11 @@ def test_target_and_logits_are_not_copied(triton_device, monkeypatch):
     assert max(others) <= 4 * target.numel()
 
 
-@pytest.mark.parametrize(("n", "stride"), [(2, 2**31 + 5), (3, 2**30 + 5)], ids=["stride", "stride x index"])
+@pytest.mark.parametrize(
+    ("n", "stride"),
+    [(2, 2**31 + 5), (3, 2**30 + 5), (2100, 2**20 + 5)],
+    ids=["stride", "stride x index", "class loop"],
+)
 @pytest.mark.parametrize("grad_in_forward", MODES)
 def test_offsets_beyond_2_to_the_31(triton_device, n, stride, grad_in_forward):
     """Rows or classes more than 2**31 elements apart in a buffer that is reserved but, between them, never touched."""
@@ -143,6 +147,8 @@ def test_offsets_beyond_2_to_the_31(triton_device, n, stride, grad_in_forward):
         pytest.skip("needs 5 GB of GPU memory")
     buffer = torch.empty((n - 1) * stride + 7, dtype=torch.float16, device=triton_device)
     for shape, strides in ((n, 7), (stride, 1)), ((3, n), (1, stride)):  # far rows; far classes
+        if shape[0] > 3:
+            continue  # thousands of rows add nothing to a few
         case = make_case(shape, torch.float16).to(triton_device)
         logits = buffer.as_strided(shape, strides).copy_(case.logits)
         far = Case(logits, case.target, case.margins, case.upstream, case.options)

@@ -64,8 +64,15 @@ def test_repr_shows_the_settings():
         "reduction='mean', weight=None)"
     )
     assert repr(FocalLoss(gamma=2.0, weight=torch.tensor([0.5, 2.0]))) == (
-        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', weight=[0.5, 2.0])"
+        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', weight=(2,))"
     )
+
+
+def test_modules_can_be_built_on_the_meta_device():
+    with torch.device("meta"):
+        module = LMFLoss(COUNTS)
+    assert module.margins.device.type == "meta"
+    assert "n_classes=7" in repr(LMFLoss(COUNTS, weight=WEIGHT).to("meta"))
 
 
 def test_settings_can_be_changed_between_steps():
