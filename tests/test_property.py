@@ -164,7 +164,10 @@ def test_loss_and_gradient_stay_within_their_bounds(device, drawn):
     assert grad.stride() == torch.empty_like(leaf).stride()
     assert_within(loss.detach().cpu(), expected.loss, expected.loss_bound)
     # The gradient is rounded to the logits' dtype, and once more where it was stored before its upstream was known.
-    subnormal = stored.tiny * stored.eps * (1 + drawn.upstream.abs().amax())
+    # Below the smallest normal number it is off by a step of the subnormals; by that number itself for bfloat16, since
+    # Triton's interpreter gets float32 subnormals wrong when it narrows them.
+    step = stored.tiny * (1 if leaf.dtype == torch.bfloat16 else stored.eps)
+    subnormal = step * (1 + drawn.upstream.abs().amax())
     assert_within(grad.cpu(), expected.grad, expected.grad_bound + 2 * (stored.eps * expected.grad.abs() + subnormal))
 
 
