@@ -129,7 +129,7 @@ def _evaluate_chunk(
     gaps.sub_(m.unsqueeze(1))
     plain_sum = scaled_sum = None
     if has_ldam and not unit_scale:
-        scaled = gaps.mul(options.scale).exp_()
+        scaled = (gaps.mul if has_focal else gaps.mul_)(options.scale).exp_()
         scaled_sum = scaled.sum(1)
     if has_focal or unit_scale:
         plain = gaps.exp_()
