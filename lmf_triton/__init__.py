@@ -1,9 +1,17 @@
 """The LMF loss (LDAM + focal) for imbalanced classification: loss and gradient in one Triton kernel."""
 
 from .functional import lmf_loss
-from .margins import class_balanced_weights, ldam_margins
+from .margins import DeferredReweighting, class_balanced_weights, ldam_margins
 from .modules import FocalLoss, LDAMLoss, LMFLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["FocalLoss", "LDAMLoss", "LMFLoss", "class_balanced_weights", "ldam_margins", "lmf_loss"]
+__all__ = [
+    "DeferredReweighting",
+    "FocalLoss",
+    "LDAMLoss",
+    "LMFLoss",
+    "class_balanced_weights",
+    "ldam_margins",
+    "lmf_loss",
+]

@@ -1,11 +1,11 @@
-"""From class counts to LDAM margins and class-balanced weights."""
+"""From class counts to LDAM margins, class-balanced weights, and the schedule that defers those weights."""
 
 import math
 from collections.abc import Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def ldam_margins(
@@ -67,6 +67,63 @@ def class_balanced_weights(class_counts: Sequence[float] | Tensor, *, beta: floa
     return (weights * (len(weights) / weights.sum())).float().to(_device_for(class_counts))
 
 
+class DeferredReweighting:
+    """LDAM's schedule (DRW): train unweighted first, with class-balanced weights from ``start_epoch`` on.
+
+    It writes into the ``weight`` buffer of a loss: any of this package's, or ``nn.CrossEntropyLoss``. A loss that was
+    built without one gets a buffer of ones, which changes no value, so that its ``state_dict`` has the same keys in
+    both stages and a resumed run needs nothing but ``step``::
+
+        criterion = LDAMLoss(class_counts).to(device)
+        schedule = DeferredReweighting(criterion, class_counts, start_epoch=160)
+        for epoch in range(200):
+            schedule.step(epoch)
+            ...
+
+    Args:
+        criterion: the loss, a module with a buffer ``weight``, ``(C,)`` or ``None``.
+        class_counts: training samples of each class, ``(C,)``, in the order of the logits; finite and positive.
+        start_epoch: first epoch with class-balanced weights; >= 0. LDAM's authors take 160 of 200.
+        beta: of :func:`class_balanced_weights`.
+
+    Raises:
+        TypeError: the criterion has no buffer ``weight``, or an argument is of the wrong type.
+        ValueError: ``start_epoch`` is negative, the weight's length is not C, or as ``class_balanced_weights``.
+
+    References:
+        Cao et al. 2019, algorithm 1, with the weights of Cui et al. 2019.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        class_counts: Sequence[float] | Tensor,
+        *,
+        start_epoch: int,
+        beta: float = 0.9999,
+    ) -> None:
+        if "weight" not in getattr(criterion, "_buffers", {}):
+            raise TypeError(f"criterion must be a loss module with a buffer 'weight', got {type(criterion).__name__}")
+        _check_epoch("start_epoch", start_epoch)
+        self.criterion = criterion
+        self.start_epoch = start_epoch
+        self._deferred = class_balanced_weights(class_counts, beta=beta)
+        if criterion.weight is None:
+            device = next((buffer.device for buffer in criterion.buffers()), self._deferred.device)
+            criterion.weight = torch.ones_like(self._deferred, device=device)
+        if criterion.weight.shape != self._deferred.shape:
+            raise ValueError(
+                f"class_counts must have one count for each of the loss's {len(criterion.weight)} class weights, "
+                f"got {len(self._deferred)}"
+            )
+        self._initial = criterion.weight.detach().clone()
+
+    def step(self, epoch: int) -> None:
+        """Set the weights of this epoch, the first being 0. In place: a captured CUDA graph sees them too."""
+        _check_epoch("epoch", epoch)
+        self.criterion.weight.copy_(self._initial if epoch < self.start_epoch else self._deferred)
+
+
 def _counts(class_counts: Sequence[float] | Tensor) -> Tensor:
     """The class counts in float64 on the CPU, or an error that names the class at fault."""
     try:
@@ -96,3 +153,10 @@ def _check_not_negative(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+
+
+def _check_epoch(name: str, epoch: int) -> None:
+    if not isinstance(epoch, int):
+        raise TypeError(f"{name} must be an integer, got {epoch!r} of type {type(epoch).__name__}")
+    if epoch < 0:
+        raise ValueError(f"{name} must be at least 0, got {epoch}")
