@@ -33,7 +33,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-KERNELS = ("totals_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
+KERNELS = ("totals_kernel", "statistics_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
 LMF = LossOptions(alpha=1.0, beta=1.0, gamma=1.5, scale=1.0, ignore_index=-100, reduction="mean")
 
 

@@ -1,6 +1,7 @@
 """The loss by Triton kernels: allocation and launches. cpu.py is its counterpart with the same three functions."""
 
 import contextlib
+from functools import lru_cache
 
 import torch
 import triton
@@ -53,8 +54,18 @@ def forward(
         n_classes,
         dtype.itemsize,
         class_contiguous=class_stride == 1,
-        two_exponentials=options.alpha != 0 and options.beta != 0 and options.scale != 1,
+        two_exponentials=options.needs_plain and options.needs_scaled,
+        n_multiprocessors=_n_multiprocessors(logits.device),
     )
+    statistics = None
+    if config.class_splits > 1:
+        if with_grad:
+            loss, _, saved = forward(logits, target, margins, weight, options, with_grad=False, with_saved=True)
+            _fill_gradient(grad, saved, None, options)
+            return loss, grad, None
+        statistics = _statistics(logits, target, options, layout, config, align)
+        config = launch.combine_config(config, layout.n_rows)
+    class_blocks = 1 if statistics is not None else -(-n_classes // config.block_classes)
     n_programs = config.n_programs(layout.n_groups, layout.n_rows)
     n_partials = n_programs * len(layout.offsets)
 
@@ -70,6 +81,7 @@ def forward(
                 margins,
                 weight,
                 totals,
+                statistics,
                 _from(loss, out_at if per_row else i * n_programs),
                 _from(grad, grad_at),
                 _from(coefs, N_COEFS * out_at),
@@ -83,15 +95,15 @@ def forward(
                 *out_strides,
                 *(stride // align for stride in grad_row_strides),
                 grad_class_stride,
-                HAS_LDAM=options.alpha != 0,
-                HAS_FOCAL=options.beta != 0,
+                HAS_LDAM=options.has_ldam,
+                HAS_FOCAL=options.has_focal,
                 UNIT_SCALE=options.scale == 1,
                 REDUCTION=options.reduction,
                 N_TOTALS=1 if totals is None else totals.shape[1],
                 ALIGN=align,
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
-                CLASS_BLOCKS=-(-n_classes // config.block_classes),
+                CLASS_BLOCKS=class_blocks,
                 num_warps=config.num_warps,
                 **COMPILER_OPTIONS,
             )
@@ -102,10 +114,15 @@ def forward(
 
 def backward(saved: tuple[Tensor, ...], upstream: Tensor, options: LossOptions) -> Tensor:
     """The gradient of the logits, recomputed from what :func:`forward` saved."""
+    grad = torch.empty_like(saved[0])
+    if grad.numel() > 0:
+        _fill_gradient(grad, saved, upstream, options)
+    return grad
+
+
+def _fill_gradient(grad: Tensor, saved: tuple[Tensor, ...], upstream: Tensor | None, options: LossOptions) -> None:
+    """Write the gradient of the logits, times ``upstream`` if given."""
     logits, target, coefs = saved
-    grad = torch.empty_like(logits)
-    if target.numel() == 0:
-        return grad
     n_classes, class_stride, row_strides = _axes(logits)
     _, grad_class_stride, grad_row_strides = _axes(grad)
     layout = launch.row_layout(
@@ -138,15 +155,14 @@ def backward(saved: tuple[Tensor, ...], upstream: Tensor, options: LossOptions) 
                 *upstream_strides,
                 *(stride // align for stride in grad_row_strides),
                 grad_class_stride,
-                PLAIN=options.beta != 0 or options.scale == 1,
-                SCALED=options.alpha != 0 and options.scale != 1,
+                PLAIN=options.needs_plain,
+                SCALED=options.needs_scaled,
                 ALIGN=align,
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
                 num_warps=config.num_warps,
                 **COMPILER_OPTIONS,
             )
-    return grad
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
@@ -208,6 +224,44 @@ def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index:
     return totals[0] if len(totals) == 1 else totals.sum(0)
 
 
+def _statistics(
+    logits: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    layout: launch.RowLayout,
+    config: launch.LaunchConfig,
+    align: int,
+) -> Tensor:
+    """``(3, rows, parts)``: maximum and sums of the others in each part of a row, for one group of rows."""
+    n_classes, class_stride, _ = _axes(logits)
+    (_, logits_stride), (_, target_stride), *_ = layout.strides
+    statistics = logits.new_empty((3, layout.n_rows, config.class_splits), dtype=arithmetic_dtype(logits))
+    class_blocks = -(-n_classes // config.block_classes)
+    with _device_of(logits):
+        kernels.statistics_kernel[(config.n_programs(1, layout.n_rows) * config.class_splits,)](
+            logits,
+            target,
+            statistics,
+            *_float_arguments((options.scale,), statistics.dtype),
+            options.ignore_index,
+            layout.n_rows,
+            n_classes // align,
+            logits_stride // align,
+            class_stride,
+            target_stride,
+            PLAIN=options.needs_plain,
+            SCALED=options.needs_scaled,
+            ALIGN=align,
+            CLASS_SPLITS=config.class_splits,
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_CLASSES=config.block_classes,
+            CLASS_BLOCKS=-(-class_blocks // config.class_splits),
+            num_warps=config.num_warps,
+            **COMPILER_OPTIONS,
+        )
+    return statistics
+
+
 def _axes(logits: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """Number of classes, stride of the class axis, and strides of the sample axes."""
     axis = min(logits.ndim - 1, 1)
@@ -215,8 +269,8 @@ def _axes(logits: Tensor) -> tuple[int, int, tuple[int, ...]]:
     return logits.shape[axis], strides[axis], strides[:axis] + strides[axis + 1 :]
 
 
-def _row_strides(upstream: Tensor, target: Tensor) -> tuple[int, ...]:
-    return upstream.stride() if upstream.ndim == target.ndim else (0,) * target.ndim
+def _row_strides(upstream: Tensor | None, target: Tensor) -> tuple[int, ...]:
+    return upstream.stride() if upstream is not None and upstream.ndim == target.ndim else (0,) * target.ndim
 
 
 def _from(tensor: Tensor | None, offset: int) -> Tensor | None:
@@ -229,6 +283,13 @@ def _from(tensor: Tensor | None, offset: int) -> Tensor | None:
 def _float_arguments(values: tuple[float, ...], dtype: torch.dtype) -> tuple:
     """Triton passes a float as float32, so float64 logits get theirs as constants: each new value compiles anew."""
     return tuple(map(tl.constexpr, values)) if dtype == torch.float64 and not INTERPRETED else values
+
+
+@lru_cache
+def _n_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted, or only recorded
+        return launch.H100_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

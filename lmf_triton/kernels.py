@@ -1,4 +1,4 @@
-"""The Triton kernels: loss and gradient in one pass over the logits, and three small kernels around it.
+"""The Triton kernels: loss and gradient in one pass over the logits, and the kernels around it.
 
 Every kernel sees the logits as ``(group, row, class)``. A row is one sample; rows that lie a constant stride apart
 form a group. For ``(N, C)`` there is one group of N rows; for contiguous ``(N, C, H, W)`` a group is an image and its
@@ -93,11 +93,13 @@ def _tile_mask(row_mask, cols, n_classes):
 
 
 @triton.jit
-def _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr):
+def _load_others(
+    logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr, EVICTION: tl.constexpr = ""
+):
     """A tile of logits, -inf at the target, in rows that do not take part, and outside the tensor."""
     # Not masked by kept: a mask that depends on data would split the wide loads of class-strided tiles.
     mask = _tile_mask(row_mask, offs_c, n_classes)
-    x = tl.load(logits_ptrs, mask=mask, other=-float("inf")).to(dtype)
+    x = tl.load(logits_ptrs, mask=mask, other=-float("inf"), eviction_policy=EVICTION).to(dtype)
     return tl.where(kept[:, None] & (offs_c[None, :] != target[:, None]), x, -float("inf"))
 
 
@@ -106,6 +108,53 @@ def _online_sum(total, gap, is_empty):
     """One step of sum(exp(x - max)), given the gap between the new x and the maximum so far."""
     e = tl.exp(-tl.abs(gap))
     return tl.where(is_empty, total, tl.where(gap > 0, total * e + 1.0, total + e))
+
+
+@triton.jit
+def _lane_statistics(
+    row_ptrs,
+    stride_class,
+    first_block,
+    target,
+    row_mask,
+    kept,
+    n_classes,
+    scale,
+    dtype: tl.constexpr,
+    PLAIN: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    CLASS_BLOCKS: tl.constexpr,
+):
+    """Loop over CLASS_BLOCKS blocks: each lane keeps the maximum and the sums of the classes that pass through it."""
+    lane_max = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -float("inf"), dtype)
+    lane_plain = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+    lane_scaled = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+    for block in range(CLASS_BLOCKS):
+        cols = (first_block + block) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+        logits_ptrs = _tile_ptrs(row_ptrs, cols, stride_class)
+        # They are read once more, for the gradient.
+        others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype, EVICTION="evict_last")
+        is_empty = others == -float("inf")
+        if PLAIN:
+            lane_plain = _online_sum(lane_plain, others - lane_max, is_empty)
+        if SCALED:
+            lane_scaled = _online_sum(lane_scaled, scale * (others - lane_max), is_empty)
+        lane_max = tl.maximum(lane_max, others)
+    return lane_max, lane_plain, lane_scaled
+
+
+@triton.jit
+def _combine(part_max, part_plain, part_scaled, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+    """Statistics of whole rows from those of their parts along axis 1; the maximum is -inf where there is nothing."""
+    m = tl.max(part_max, axis=1)
+    gaps = part_max - tl.where(m == -float("inf"), 0.0, m)[:, None]
+    if PLAIN:
+        part_plain *= _exp(gaps)
+    if SCALED:
+        part_scaled *= _exp(scale * gaps)
+    return m, tl.sum(part_plain, axis=1), tl.sum(part_scaled, axis=1)
 
 
 @triton.jit
@@ -154,12 +203,64 @@ def totals_kernel(
 
 
 @triton.jit
+def statistics_kernel(
+    logits_ptr,  # (row, class)
+    target_ptr,  # (row), any integer type
+    statistics_ptr,  # (3, row, CLASS_SPLITS): maximum and sums of exponentials of the others, for each part of a row
+    scale,
+    ignore_index,
+    n_rows,
+    n_classes,  # this and the stride of rows of logits in units of ALIGN elements
+    logits_stride_row,
+    logits_stride_class,
+    target_stride_row,
+    PLAIN: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
+    CLASS_SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    CLASS_BLOCKS: tl.constexpr,  # of one part
+):
+    """Row statistics of a part of the classes, where there are too few rows to fill the device."""
+    dtype: tl.constexpr = statistics_ptr.dtype.element_ty
+    n_classes = ALIGN * n_classes
+    split = tl.program_id(0) % CLASS_SPLITS
+    rows = (tl.program_id(0) // CLASS_SPLITS).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < n_rows
+    target, kept, _ = _load_target(target_ptr + rows * target_stride_row, row_mask, n_classes, ignore_index)
+    lane_max, lane_plain, lane_scaled = _lane_statistics(
+        logits_ptr + ALIGN * (rows * logits_stride_row),
+        logits_stride_class,
+        split * CLASS_BLOCKS,
+        target,
+        row_mask,
+        kept,
+        n_classes,
+        scale,
+        dtype,
+        PLAIN,
+        SCALED,
+        BLOCK_ROWS,
+        BLOCK_CLASSES,
+        CLASS_BLOCKS,
+    )
+    m, plain_sum, scaled_sum = _combine(lane_max, lane_plain, lane_scaled, scale, PLAIN, SCALED)
+    parts = statistics_ptr + rows * CLASS_SPLITS + split
+    stride_statistic = n_rows * CLASS_SPLITS
+    tl.store(parts, m, mask=row_mask)
+    tl.store(parts + stride_statistic, plain_sum, mask=row_mask)
+    tl.store(parts + 2 * stride_statistic, scaled_sum, mask=row_mask)
+
+
+@triton.jit
 def forward_kernel(
     logits_ptr,  # (group, row, class)
     target_ptr,  # (group, row), any integer type
     margins_ptr,  # (class) or None
     weight_ptr,  # (class) or None
     totals_ptr,  # (2, N_TOTALS) from totals_kernel; None: no mean, or this one tile holds all rows
+    statistics_ptr,  # (3, row, BLOCK_CLASSES) from statistics_kernel, in the one tile that combines them; or None
     loss_ptr,  # (group, row) for reduction "none", otherwise (program): the sum of its rows
     grad_ptr,  # (group, row, class), or None: no gradient now
     coefs_ptr,  # (group, row, 4), or None: nothing to recompute the gradient from
@@ -211,7 +312,15 @@ def forward_kernel(
     # Row statistics: m, the largest of the others, and the sums of their exponentials relative to m.
     plain_sum = tl.zeros([BLOCK_ROWS], dtype)
     scaled_sum = tl.zeros([BLOCK_ROWS], dtype)
-    if CLASS_BLOCKS == 1:
+    if statistics_ptr is not None:
+        parts = statistics_ptr + (rows * BLOCK_CLASSES)[:, None] + offs_c[None, :]
+        stride_statistic = n_rows * BLOCK_CLASSES
+        part_max = tl.load(parts, mask=row_mask[:, None], other=-float("inf"))
+        part_plain = tl.load(parts + stride_statistic, mask=row_mask[:, None], other=0.0)
+        part_scaled = tl.load(parts + 2 * stride_statistic, mask=row_mask[:, None], other=0.0)
+        m, plain_sum, scaled_sum = _combine(part_max, part_plain, part_scaled, scale, PLAIN, SCALED)
+        m = tl.where(m == -float("inf"), 0.0, m)
+    elif CLASS_BLOCKS == 1:
         logits_ptrs = _tile_ptrs(row_ptrs, offs_c, logits_stride_class)
         others = _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype)
         m = tl.max(others, axis=1)
@@ -222,27 +331,24 @@ def forward_kernel(
         if SCALED:
             scaled_sum = tl.sum(_exp(scale * gaps), axis=1)
     else:
-        # Each lane keeps the maximum and the sums of the classes that pass through it; the lanes meet at the end.
-        lane_max = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -float("inf"), dtype)
-        lane_plain = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
-        lane_scaled = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
-        for block in range(CLASS_BLOCKS):
-            cols = block * BLOCK_CLASSES + offs_c
-            logits_ptrs = _tile_ptrs(row_ptrs, cols, logits_stride_class)
-            others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
-            is_empty = others == -float("inf")
-            if PLAIN:
-                lane_plain = _online_sum(lane_plain, others - lane_max, is_empty)
-            if SCALED:
-                lane_scaled = _online_sum(lane_scaled, scale * (others - lane_max), is_empty)
-            lane_max = tl.maximum(lane_max, others)
-        m = tl.max(lane_max, axis=1)
+        lane_max, lane_plain, lane_scaled = _lane_statistics(
+            row_ptrs,
+            logits_stride_class,
+            0,
+            target,
+            row_mask,
+            kept,
+            n_classes,
+            scale,
+            dtype,
+            PLAIN,
+            SCALED,
+            BLOCK_ROWS,
+            BLOCK_CLASSES,
+            CLASS_BLOCKS,
+        )
+        m, plain_sum, scaled_sum = _combine(lane_max, lane_plain, lane_scaled, scale, PLAIN, SCALED)
         m = tl.where(m == -float("inf"), 0.0, m)
-        gaps = lane_max - m[:, None]
-        if PLAIN:
-            plain_sum = tl.sum(lane_plain * _exp(gaps), axis=1)
-        if SCALED:
-            scaled_sum = tl.sum(lane_scaled * _exp(scale * gaps), axis=1)
 
     # A mean divides its gradient row by row, and its loss once, after the sum.
     weight = _weight_of(weight_ptr, target, kept, dtype)
@@ -325,12 +431,14 @@ def forward_kernel(
             for block in range(CLASS_BLOCKS):
                 cols = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES + offs_c
                 logits_ptrs = _tile_ptrs(row_ptrs, cols, logits_stride_class)
-                others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
+                others = _load_others(
+                    logits_ptrs, cols, target, row_mask, kept, n_classes, dtype, EVICTION="evict_first"
+                )
                 gaps = others - m[:, None]
                 grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
                 grad_ptrs = _tile_ptrs(grad_rows, cols, grad_stride_class)
                 mask = _tile_mask(row_mask, cols, n_classes)
-                tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+                tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -338,7 +446,7 @@ def backward_kernel(
     logits_ptr,  # (group, row, class)
     target_ptr,  # (group, row), any integer type
     coefs_ptr,  # (group, row, 4) from forward_kernel
-    upstream_ptr,  # (group, row), strides 0 for a scalar
+    upstream_ptr,  # (group, row), strides 0 for a scalar; or None for 1
     grad_ptr,  # (group, row, class)
     scale,
     ignore_index,
@@ -376,8 +484,10 @@ def backward_kernel(
     target_ptrs = target_ptr + group * target_stride_group + rows * target_stride_row
     target, kept, out_of_range = _load_target(target_ptrs, row_mask, n_classes, ignore_index)
     active = kept | out_of_range
-    upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
-    upstream = tl.load(upstream_ptrs, mask=active, other=0.0).to(dtype)
+    upstream = active.to(dtype)
+    if upstream_ptr is not None:
+        upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
+        upstream = tl.load(upstream_ptrs, mask=active, other=0.0).to(dtype)
     row_coefs = coefs_ptr + group * coefs_stride_group + rows * coefs_stride_row
     m = tl.load(row_coefs, mask=row_mask, other=0.0)
     plain_coef = upstream * tl.load(row_coefs + 1, mask=row_mask, other=0.0)

@@ -4,7 +4,7 @@ Nothing here touches a tensor or a device, so every choice can be tested and com
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -26,13 +26,17 @@ STRIDED_TILE = 4096
 MAX_STRIDED_TILE = 16384
 MIN_STRIDED_ROWS = 16
 MAX_STRIDED_ROWS = 512
-# Tile of one step of a loop over classes.
-LOOP_TILE = 4096
+# Tile of one step of a loop over classes: the widest that does not spill in triton 3.6 and 3.9. Wide, so that few rows
+# are under way at a time, since what they take of the L2 cache decides how much of the second reading comes from there:
+# one or two programs of 8 warps on each of 132 multiprocessors are 17 to 34 MiB of rows of 64K bfloat16 logits.
+LOOP_TILE = 8192
 # A batch whose tile is at most this big, 16 elements a thread of 4 warps, is one program: its means need no pass over
 # the targets beforehand.
 MAX_SINGLE_PROGRAM_TILE = 2048
 # Tile of the elementwise kernels (backward, upstream).
 ELEMENTWISE_TILE = 4096
+# Multiprocessors of the device for which launches are chosen where there is none: compiled and interpreted kernels.
+H100_MULTIPROCESSORS = 132
 # Samples of one step of the pass over the targets, and the most programs that share the pass.
 TOTALS_BLOCK_ROWS = 1024
 MAX_TOTALS_PROGRAMS = 128
@@ -89,6 +93,7 @@ class LaunchConfig:
     block_rows: int
     block_classes: int
     num_warps: int
+    class_splits: int = 1  # programs that share the classes of a row, each for its own statistics
 
     def n_programs(self, n_groups: int, n_rows: int, n_classes: int | None = None) -> int:
         """Tiles of ``(n_groups, n_rows)`` rows; with ``n_classes``, the tiles of a row count too."""
@@ -105,11 +110,14 @@ def forward_config(
     *,
     class_contiguous: bool = True,
     two_exponentials: bool = False,
+    n_multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> LaunchConfig:
     """Tile of ``forward_kernel``: several short rows, one long row, or a part of rows that are looped over.
 
     ``itemsize`` is the bytes of the arithmetic type. ``two_exponentials``: both terms are there and ``scale`` is not
-    1, so that each element has two values to keep.
+    1, so that each element has two values to keep. Where rows are looped over and too few to fill the device,
+    ``class_splits`` is above 1: the tile is ``statistics_kernel``'s, and that of ``forward_kernel`` is
+    :func:`combine_config`'s.
     """
     block_classes = _next_power_of_2(n_classes)
     all_rows = _next_power_of_2(n_rows)
@@ -128,7 +136,14 @@ def forward_config(
     n_elements = block_rows * block_classes
     # A long row takes as few warps as hold it, since every warp computes the row's loss.
     num_warps = _warps(n_elements, itemsize) if block_rows == 1 else max(MIN_SHARED_WARPS, _warps(n_elements, itemsize))
-    return LaunchConfig(block_rows, block_classes, num_warps)
+    config = LaunchConfig(block_rows, block_classes, num_warps)
+    splits = _class_splits(config, n_rows, n_classes, n_multiprocessors) if n_groups == 1 else 1
+    return replace(config, class_splits=splits)
+
+
+def combine_config(config: LaunchConfig, n_rows: int) -> LaunchConfig:
+    """Tile of ``forward_kernel`` where ``statistics_kernel`` went before: the statistics of all rows."""
+    return LaunchConfig(_next_power_of_2(n_rows), config.class_splits, MIN_SHARED_WARPS)
 
 
 @lru_cache(maxsize=4096)
@@ -152,6 +167,17 @@ def totals_grid(n_samples: int) -> tuple[int, int]:
     blocks = _next_power_of_2(_cdiv(n_samples, TOTALS_BLOCK_ROWS))
     n_programs = min(blocks, MAX_TOTALS_PROGRAMS)
     return n_programs, blocks // n_programs
+
+
+def _class_splits(config: LaunchConfig, n_rows: int, n_classes: int, n_multiprocessors: int) -> int:
+    """Programs for the classes of a row, a power of two: 1 where the rows alone fill half the device."""
+    class_blocks = _cdiv(n_classes, config.block_classes)
+    n_programs = config.n_programs(1, n_rows)
+    if class_blocks == 1 or 2 * n_programs > n_multiprocessors:
+        return 1
+    wanted = _next_power_of_2(_cdiv(n_multiprocessors, n_programs))
+    one_tile = MAX_SINGLE_PROGRAM_TILE // _next_power_of_2(n_rows)
+    return max(1, min(wanted, _next_power_of_2(class_blocks), one_tile))
 
 
 def _warps(n_elements: int, itemsize: int) -> int:

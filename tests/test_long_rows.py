@@ -1,0 +1,124 @@
+"""Promise: rows beyond one tile are looped over, or split among programs where there are few, to the same result.
+
+The limits of a tile are lowered, so that the interpreter meets many parts of a row in a short time.
+"""
+
+import math
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from oracle import assert_accurate, class_weights, evaluate, make_case
+
+from lmf_triton import gpu, launch, lmf_loss
+
+TILE = 128
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(params=["loop", "split"])
+def path(request, monkeypatch):
+    """Rows of more than 128 classes do not fit a tile. On one multiprocessor no row is split; on 132, all are here."""
+    monkeypatch.setattr(launch, "MAX_ONE_TILE_CLASSES", {4: TILE, 8: TILE})
+    monkeypatch.setattr(launch, "MAX_SINGLE_PROGRAM_TILE", 2 * TILE)
+    monkeypatch.setattr(launch, "LOOP_TILE", TILE)
+    monkeypatch.setattr(gpu, "_n_multiprocessors", lambda device: 1 if request.param == "loop" else 132)
+    launch.forward_config.cache_clear()
+    statistics = mock.Mock(wraps=gpu._statistics)
+    monkeypatch.setattr(gpu, "_statistics", statistics)
+    yield
+    launch.forward_config.cache_clear()
+    assert statistics.called == (request.param == "split")
+
+
+@pytest.mark.parametrize("n_classes", [129, 600])  # one class more than fits a tile; parts that do not come out even
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"scale": 30.0}),
+        (torch.float32, {"beta": 0.0, "scale": 3.0}),
+        (torch.bfloat16, {"alpha": 0.0}),
+        (torch.float16, {}),
+        (torch.float64, {"scale": 30.0}),
+    ],
+    ids=str,
+)
+def test_against_the_oracle(path, triton_device, n_classes, dtype, options):
+    case = make_case((5, n_classes), dtype, weight=class_weights(n_classes), **options).to(triton_device)
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+def test_every_reduction(path, triton_device, reduction, grad_in_forward):
+    case = make_case((7, 300), torch.float32, reduction=reduction, scale=2.0).to(triton_device)
+    loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
+    assert_accurate(case, loss, grad, roundings=2)
+    without = lmf_loss(case.logits, case.target, case.margins, **case.options)
+    assert torch.equal(without.cpu(), loss)
+
+
+@pytest.mark.parametrize("logits", ["expanded", "sliced"])
+def test_strides(path, triton_device, logits):
+    case = make_case((6, 300), torch.float32)
+    stored = {
+        "expanded": case.logits[:1].expand(6, 300),
+        "sliced": torch.nn.functional.pad(case.logits, (3, 5))[:, 3:-5],
+    }
+    case = replace(case, logits=stored[logits]).to(triton_device)
+    loss, grad = evaluate(case)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_parts_of_very_different_size(path, triton_device, scale):
+    """A part far below the others, a masked part, an empty target part, a row with nothing but its target."""
+    case = make_case((6, 300), torch.float32, scale=scale, reduction="none")
+    logits = case.logits
+    logits[0, :100] -= 1e4
+    logits[2, 70:210] = -INF
+    logits[3] = -INF
+    logits[3, 5] = 2.0
+    logits[4] = torch.full((300,), -5000.0) + torch.linspace(0, 1, 300)
+    target = case.target.clone()
+    target[3] = 5
+    case = replace(case, logits=logits, target=target).to(triton_device)
+    loss, grad = evaluate(case)
+    assert loss[3] == 0 and (grad[3] == 0).all()
+    finite = replace(case, logits=logits.clamp_min(-1e30).to(triton_device))  # the oracle takes no inf - inf
+    assert_accurate(finite, loss, grad, roundings=2)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("at", [0, 150, 299])
+def test_a_value_that_spoils_its_own_row_only(path, triton_device, value, at):
+    case = make_case((4, 300), torch.float32, reduction="none")
+    target = torch.tensor([1, 2, 3, 4])
+    sound, sound_grad = evaluate(replace(case, target=target).to(triton_device))
+    case.logits[2, at] = value
+    loss, grad = evaluate(replace(case, target=target).to(triton_device))
+    rows = [0, 1, 3]
+    assert loss[2].isnan() and grad[2].isnan().all()
+    assert torch.equal(loss[rows], sound[rows]) and torch.equal(grad[rows], sound_grad[rows])
+
+
+def test_a_target_out_of_range_spoils_its_own_row_only(path, triton_device):
+    case = make_case((4, 300), torch.float32, reduction="none")
+    case = replace(case, target=torch.tensor([3, 300, -100, 299])).to(triton_device)
+    loss, grad = evaluate(case)
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert grad.isnan().all(1).tolist() == [False, True, False, False]
+    assert (grad[2] == 0).all()
+
+
+def test_rows_that_fill_the_device_are_not_split():
+    for n_rows, splits in (1, 4), (8, 4), (64, 4), (66, 2), (67, 1), (4096, 1):
+        config = launch.forward_config(1, n_rows, 32769, 4, n_multiprocessors=132)
+        assert config.class_splits == (splits if n_rows > 33 else 8)
+        if config.class_splits > 1:
+            tile = launch.combine_config(config, n_rows)
+            assert tile.block_rows >= n_rows
+            assert tile.block_rows * tile.block_classes <= launch.MAX_SINGLE_PROGRAM_TILE
