@@ -179,18 +179,22 @@ def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
         layout = launch.row_layout(upstream.shape, row_strides, upstream.stride())
     grad_strides, upstream_strides = layout.strides
     config = launch.elementwise_config(layout.n_rows, n_classes, upstream.dtype.itemsize)
+    n_tiles = config.n_programs(layout.n_groups, layout.n_rows, n_classes)
+    n_programs, steps = launch.upstream_grid(n_tiles)
     with _device_of(grad):
         for grad_at, upstream_at in layout.offsets:
-            kernels.upstream_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
+            kernels.upstream_kernel[(n_programs,)](
                 _from(grad, grad_at),
                 _from(upstream, upstream_at),
                 _from(out, grad_at),
+                n_tiles,
                 layout.n_rows,
                 n_classes,
                 *grad_strides,
                 class_stride,
                 *upstream_strides,
                 IN_PLACE=in_place,
+                STEPS=steps,
                 BLOCK_ROWS=config.block_rows,
                 BLOCK_CLASSES=config.block_classes,
                 num_warps=config.num_warps,

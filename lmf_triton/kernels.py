@@ -93,9 +93,7 @@ def _tile_mask(row_mask, cols, n_classes):
 
 
 @triton.jit
-def _load_others(
-    logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr, EVICTION: tl.constexpr = ""
-):
+def _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr, EVICTION: tl.constexpr):
     """A tile of logits, -inf at the target, in rows that do not take part, and outside the tensor."""
     # Not masked by kept: a mask that depends on data would split the wide loads of class-strided tiles.
     mask = _tile_mask(row_mask, offs_c, n_classes)
@@ -322,7 +320,7 @@ def forward_kernel(
         m = tl.where(m == -float("inf"), 0.0, m)
     elif CLASS_BLOCKS == 1:
         logits_ptrs = _tile_ptrs(row_ptrs, offs_c, logits_stride_class)
-        others = _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype)
+        others = _load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype, EVICTION="")
         m = tl.max(others, axis=1)
         m = tl.where(m == -float("inf"), 0.0, m)
         gaps = others - m[:, None]
@@ -496,7 +494,7 @@ def backward_kernel(
 
     logits_ptrs = logits_ptr + ALIGN * (group * logits_stride_group + rows * logits_stride_row)
     logits_ptrs = _tile_ptrs(logits_ptrs, cols, logits_stride_class)
-    others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype)
+    others = _load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype, EVICTION="")
     gaps = others - m[:, None]
     grad = _gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN, SCALED)
     grad_ptrs = grad_ptr + ALIGN * (group * grad_stride_group + rows * grad_stride_row)
@@ -510,6 +508,7 @@ def upstream_kernel(
     grad_ptr,  # (group, row, class)
     upstream_ptr,  # (group, row), strides 0 for a scalar
     out_ptr,  # (group, row, class), strides of grad_ptr
+    n_tiles,
     n_rows,
     n_classes,
     grad_stride_group,
@@ -518,25 +517,30 @@ def upstream_kernel(
     upstream_stride_group,
     upstream_stride_row,
     IN_PLACE: tl.constexpr,  # out_ptr is grad_ptr
+    STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):
-    """out = upstream * grad. In place, a tile whose upstream gradients are all exactly 1 is not touched."""
-    program = tl.program_id(0)
+    """out = upstream * grad. In place, a tile whose upstream gradients are all exactly 1 is not touched.
+
+    A program takes STEPS tiles: where nothing is to be done, starting one for each would be what costs.
+    """
     class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
     row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    group = (program // class_blocks // row_blocks).to(tl.int64)
-    rows = (program // class_blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = (program % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-    row_mask = rows < n_rows
+    for step in range(STEPS):
+        tile = step * tl.num_programs(0) + tl.program_id(0)
+        group = (tile // class_blocks // row_blocks).to(tl.int64)
+        rows = (tile // class_blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        cols = (tile % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+        row_mask = (rows < n_rows) & (tile < n_tiles)
 
-    upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
-    upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
-    n_changed = tl.sum((upstream != 1.0).to(tl.int32))
-    if (n_changed > 0) or not IN_PLACE:
-        offs = _tile_ptrs(group * grad_stride_group + rows * grad_stride_row, cols, grad_stride_class)
-        mask = _tile_mask(row_mask, cols, n_classes)
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
-        # 0 stays 0, also where it is an ignored sample's and its upstream gradient is infinite.
-        out = tl.where(grad == 0, 0.0, upstream[:, None] * grad)
-        tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
+        upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
+        n_changed = tl.sum((upstream != 1.0).to(tl.int32))
+        if (n_changed > 0) or not IN_PLACE:
+            offs = _tile_ptrs(group * grad_stride_group + rows * grad_stride_row, cols, grad_stride_class)
+            mask = _tile_mask(row_mask, cols, n_classes)
+            grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
+            # 0 stays 0, also where it is an ignored sample's and its upstream gradient is infinite.
+            out = tl.where(grad == 0, 0.0, upstream[:, None] * grad)
+            tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)

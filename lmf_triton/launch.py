@@ -40,6 +40,9 @@ H100_MULTIPROCESSORS = 132
 # Samples of one step of the pass over the targets, and the most programs that share the pass.
 TOTALS_BLOCK_ROWS = 1024
 MAX_TOTALS_PROGRAMS = 128
+# Programs of the upstream kernel, some 16 a multiprocessor: enough to fill the device, few enough that nothing is lost
+# on them where the upstream gradient is 1, as nearly always.
+MAX_UPSTREAM_PROGRAMS = 2048
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,12 @@ def totals_grid(n_samples: int) -> tuple[int, int]:
     blocks = _next_power_of_2(_cdiv(n_samples, TOTALS_BLOCK_ROWS))
     n_programs = min(blocks, MAX_TOTALS_PROGRAMS)
     return n_programs, blocks // n_programs
+
+
+def upstream_grid(n_tiles: int) -> tuple[int, int]:
+    """Programs of ``upstream_kernel`` and tiles for each, a power of two, so that few variants compile."""
+    steps = _next_power_of_2(_cdiv(n_tiles, MAX_UPSTREAM_PROGRAMS))
+    return _cdiv(n_tiles, steps), steps
 
 
 def _class_splits(config: LaunchConfig, n_rows: int, n_classes: int, n_multiprocessors: int) -> int:

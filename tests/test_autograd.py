@@ -5,7 +5,7 @@ import torch
 from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
 from torch.autograd import gradcheck, gradgradcheck
 
-from lmf_triton import functional, lmf_loss
+from lmf_triton import functional, launch, lmf_loss
 from lmf_triton.autograd import LMFFunction
 from reference import lmf as reference
 
@@ -39,6 +39,18 @@ def test_gradcheck(device, reduction, grad_in_forward, scale, alpha, beta, gamma
         )
 
     assert gradcheck(loss, (logits,), fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("retain_graph", [False, True])  # in place, and to a copy
+def test_programs_that_apply_several_tiles(triton_device, reduction, retain_graph, monkeypatch):
+    """Six tiles of upstream gradients for two programs: of the last two steps, some go beyond the end."""
+    monkeypatch.setattr(launch, "MAX_UPSTREAM_PROGRAMS", 2)
+    case = make_case((3000, 7), torch.float32, reduction=reduction).to(triton_device)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, case.margins, reduction=reduction, grad_in_forward=True)
+    (grad,) = torch.autograd.grad(loss, logits, case.upstream, retain_graph=retain_graph)
+    assert_accurate(case, loss.detach().cpu(), grad.cpu(), roundings=2)
 
 
 @pytest.mark.parametrize("grad_in_forward", MODES)

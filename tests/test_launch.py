@@ -125,6 +125,14 @@ def test_totals_grid_covers_all_samples(n_samples):
     assert n_programs & (n_programs - 1) == steps & (steps - 1) == 0
 
 
+@pytest.mark.parametrize("n_tiles", [1, 2048, 2049, 5000, 10**6])
+def test_upstream_grid_covers_all_tiles(n_tiles):
+    n_programs, steps = launch.upstream_grid(n_tiles)
+    assert n_programs * steps >= n_tiles
+    assert n_programs <= launch.MAX_UPSTREAM_PROGRAMS
+    assert steps & (steps - 1) == 0
+
+
 def test_configurations_are_frozen():
     config = launch.elementwise_config(32, 7, 4)
     with pytest.raises(dataclasses.FrozenInstanceError):
