@@ -26,10 +26,23 @@ def _exp(x):
 
 @triton.jit
 def _log1p(t):
-    """log(1 + t) for t in [0, 1]: the rounding error of w = 1 + t cancels in log(w) / (w - 1)."""
-    w = 1.0 + t
-    lost = w == 1.0
-    return tl.where(lost, t, tl.log(w) * (t / tl.where(lost, 1.0, w - 1.0)))
+    """log(1 + t) for t in [0, 1], to 3 units of 2^-24 in float32 (log itself, by the other branch: 5)."""
+    if t.dtype == tl.float32:
+        # log(1 + t) / t, interpolated at the ten Chebyshev nodes of [0, 1]: a quarter of the instructions of a log.
+        p = 0.019542526 - 0.003176057 * t
+        p = p * t - 0.05637361
+        p = p * t + 0.105436236
+        p = p * t - 0.15269667
+        p = p * t + 0.19663274
+        p = p * t - 0.24951616
+        p = p * t + 0.3332971
+        p = p * t - 0.49999893
+        return (p * t + 1.0) * t
+    else:
+        # The rounding error of w = 1 + t cancels in log(w) / (w - 1).
+        w = 1.0 + t
+        lost = w == 1.0
+        return tl.where(lost, t, tl.log(w) * (t / tl.where(lost, 1.0, w - 1.0)))
 
 
 @triton.jit
@@ -153,6 +166,18 @@ def _combine(part_max, part_plain, part_scaled, scale, PLAIN: tl.constexpr, SCAL
     if SCALED:
         part_scaled *= _exp(scale * gaps)
     return m, tl.sum(part_plain, axis=1), tl.sum(part_scaled, axis=1)
+
+
+@triton.jit
+def _redistribute(per_row, BLOCK_ROWS: tl.constexpr):
+    """The same values, one a row, in whatever layout suits what follows: a gather may change it, at its price.
+
+    Without it the compiler computes the loss of a row once in every lane that has a part of the row.
+    """
+    if BLOCK_ROWS > 1:
+        return tl.gather(per_row, tl.arange(0, BLOCK_ROWS), 0)
+    else:
+        return per_row
 
 
 @triton.jit
@@ -348,6 +373,10 @@ def forward_kernel(
         m, plain_sum, scaled_sum = _combine(lane_max, lane_plain, lane_scaled, scale, PLAIN, SCALED)
         m = tl.where(m == -float("inf"), 0.0, m)
 
+    m = _redistribute(m, BLOCK_ROWS)
+    plain_sum = _redistribute(plain_sum, BLOCK_ROWS)
+    scaled_sum = _redistribute(scaled_sum, BLOCK_ROWS)
+
     # A mean divides its gradient row by row, and its loss once, after the sum.
     weight = _weight_of(weight_ptr, target, kept, dtype)
     ldam_weight = weight
@@ -394,6 +423,9 @@ def forward_kernel(
     plain_coef = plain_slope / plain_sum
     scaled_coef = scaled_slope / scaled_sum
     slope = plain_slope + scaled_slope  # minus the gradient of x_y
+    plain_coef = _redistribute(plain_coef, BLOCK_ROWS)
+    scaled_coef = _redistribute(scaled_coef, BLOCK_ROWS)
+    slope = _redistribute(slope, BLOCK_ROWS)
 
     if REDUCTION == "none":
         tl.store(loss_ptr + group * out_stride_group + rows * out_stride_row, ldam + focal, mask=row_mask)
@@ -532,7 +564,7 @@ def upstream_kernel(
         group = (tile // class_blocks // row_blocks).to(tl.int64)
         rows = (tile // class_blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         cols = (tile % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-        row_mask = (rows < n_rows) & (tile < n_tiles)
+        row_mask = rows < tl.where(tile < n_tiles, n_rows, 0)
 
         upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
         upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)

@@ -19,7 +19,7 @@ MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
 # Rows of at most this many classes share a program. Elements of their tile: a 16-byte vector of bfloat16 for each
 # thread of 4 warps, so that where rows are aligned a thread sees one row and computes its loss once.
 MAX_SHORT_CLASSES = 256
-SHORT_ROWS_TILE = 1024
+SHORT_ROWS_TILE = 2048
 # Where neighbouring rows, not classes, are neighbours in memory: 16 rows fill a 32-byte sector of half logits, and
 # beyond 512 a thread has more than 4 rows, whose losses take its registers.
 STRIDED_TILE = 4096
