@@ -4,9 +4,14 @@
 
 ``recorded_launches`` runs the package on meta tensors and writes down each kernel launch instead of doing it, so what
 is compiled here is what a GPU would be given, with the specialisation that Triton would choose.
+
+Times are bounds for an H100, not measurements: how long each launch takes at least by the bytes that it moves, and
+how long its special functions and its instructions would take if each in the code were executed, in a loop as often as
+the loop turns. The longest of the three is what to look at first.
 """
 
 import argparse
+import math
 import re
 import subprocess
 import tempfile
@@ -33,6 +38,25 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Of the targets, for estimated occupancy: 32-bit registers, threads, and bytes of shared memory of a multiprocessor.
+# All three allot registers by 256 to a warp and 1 KiB of shared memory to the system for each program.
+REGISTERS, WARPS, PROGRAMS, REGISTER_UNIT, SYSTEM_SHARED = 65536, 64, 32, 256, 1024
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+
+# An H100 SXM: bytes a second of a copy as published by its users; multiprocessors, clock, and what each of them
+# starts per clock: instructions of a warp, and special functions of a thread.
+H100_COPY, H100_SMS, H100_HERTZ, WARP_INSTRUCTIONS, SPECIAL_FUNCTIONS = 3.0e12, 132, 1.755e9, 4, 16
+
+# SASS mnemonics by what they use. What is left is control flow, predicates and moves.
+INSTRUCTION_MIX = {
+    "memory": ("LDG", "STG", "LDS", "STS", "LDC", "ULDC"),
+    "special": ("MUFU",),
+    "float": ("FADD", "FMUL", "FFMA", "FMNMX", "FSETP", "FSEL", "FCHK", "HADD", "HMUL", "HFMA", "DADD", "DMUL", "DFMA"),
+    "integer": ("IADD", "IMAD", "IMNMX", "ISETP", "LEA", "LOP", "SHF", "PRMT", "SEL", "VIADD", "UIADD", "UIMAD"),
+    "convert": ("F2F", "I2F", "F2I", "I2FP", "F2FP"),
+    "exchange": ("SHFL", "BAR", "REDUX", "MATCH", "VOTE"),
+}
+
 KERNELS = ("totals_kernel", "statistics_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
 LMF = LossOptions(alpha=1.0, beta=1.0, gamma=1.5, scale=1.0, ignore_index=-100, reduction="mean")
 
@@ -46,10 +70,32 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def num_warps(self) -> int:
+        return self.options.get("num_warps", 4)
+
+    @property
+    def turns(self) -> int:
+        """How often the kernel's loop turns, 1 without one."""
+        return math.prod(self.arguments.get(name, 1) for name in ("CLASS_BLOCKS", "STEPS"))
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of its tensors read and written, where the upstream gradient is 1 and caches hold nothing."""
+        if self.kernel == "upstream_kernel":
+            return 0
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        if self.arguments.get("statistics_ptr") is not None and self.kernel == "forward_kernel":
+            del tensors["logits_ptr"]  # but for x_y
+        passes = 2 if self.turns > 1 and "grad_ptr" in tensors else 1  # over the logits
+        return sum(
+            tensor.numel() * tensor.element_size() * (passes if name == "logits_ptr" else 1)
+            for name, tensor in tensors.items()
+        )
+
     def __str__(self) -> str:
         blocks = [self.arguments[f"BLOCK_{axis}"] for axis in ("ROWS", "CLASSES") if f"BLOCK_{axis}" in self.arguments]
-        warps = self.options.get("num_warps", 4)
-        return f"{self.kernel.removesuffix('_kernel')} {'x'.join(map(str, blocks))}/{warps}w"
+        return f"{self.kernel.removesuffix('_kernel')} {'x'.join(map(str, blocks))}/{self.num_warps}w"
 
 
 @dataclass(frozen=True)
@@ -61,8 +107,28 @@ class Report:
     shared: int  # bytes a program
     instructions: Counter  # by SASS mnemonic, with its modifiers
 
-    def count(self, *prefixes: str) -> int:
-        return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
+    def count(self, *prefixes: str, wide: bool = False) -> int:
+        """Instructions that start so; with ``wide``, those of them that move 16 bytes a thread."""
+        return sum(
+            n for name, n in self.instructions.items() if name.startswith(prefixes) and (not wide or ".128" in name)
+        )
+
+    @property
+    def mix(self) -> dict[str, int]:
+        """Instructions by what they use."""
+        counts = {kind: self.count(*prefixes) for kind, prefixes in INSTRUCTION_MIX.items()}
+        return counts | {"other": self.instructions.total() - sum(counts.values())}
+
+    def occupancy(self, num_warps: int, target: str) -> float:
+        """Share of a multiprocessor's warps that can be resident at once."""
+        registers_a_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+        programs = min(
+            REGISTERS // registers_a_warp // num_warps,
+            WARPS // num_warps,
+            PROGRAMS,
+            SHARED[target] // (self.shared + SYSTEM_SHARED),
+        )
+        return programs * num_warps / WARPS
 
 
 def recorded_launches(
@@ -142,6 +208,50 @@ def report(compiled: CompiledKernel) -> Report:
     return Report(registers, stack, shared, Counter(mnemonics))
 
 
+def h100_seconds(launch: Launch, report: Report) -> dict[str, float]:
+    """Bounds of a launch's time on an H100: of its bytes, its special functions, and all its instructions."""
+    warps = launch.n_programs * launch.num_warps * launch.turns
+    return {
+        "bytes": launch.bytes_moved / H100_COPY,
+        "special": warps * 32 * report.count("MUFU") / (SPECIAL_FUNCTIONS * H100_SMS * H100_HERTZ),
+        "instructions": warps * report.instructions.total() / (WARP_INSTRUCTIONS * H100_SMS * H100_HERTZ),
+    }
+
+
+def table_row(problem: Problem, launch: Launch, report: Report, target: str) -> list[str]:
+    """The cells of one launch, under ``HEADER``."""
+    n_rows = math.prod(problem.shape) // problem.shape[1]
+    wide_loads, wide_stores = report.count("LDG", wide=True), report.count("STG", wide=True)
+    seconds = h100_seconds(launch, report)
+    cells = [problem.name, launch, launch.n_programs, report.registers, report.stack, report.shared]
+    cells += [f"{report.occupancy(launch.num_warps, target):.0%}"]
+    cells += [
+        f"{wide_loads} + {report.count('LDG') - wide_loads}",
+        f"{wide_stores} + {report.count('STG') - wide_stores}",
+    ]
+    cells += ["/".join(map(str, report.mix.values())), f"{launch.bytes_moved / n_rows:.5g}"]
+    cells += [f"{1e6 * value:.3g}" for value in seconds.values()]
+    return [str(cell) for cell in (*cells, max(seconds, key=seconds.get))]
+
+
+HEADER = (
+    "problem",
+    "launch: rows x classes / warps",
+    "programs",
+    "registers",
+    "spill bytes",
+    "shared bytes",
+    "occupancy",
+)
+HEADER += (
+    "loads: of 16 bytes + other",
+    "stores",
+    "instructions: " + "/".join([*INSTRUCTION_MIX, "other"]),
+    "bytes a row",
+)
+HEADER += ("H100 µs: bytes", "special functions", "instructions", "longest")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--target", choices=[name for name in TARGETS if name != "gfx942"], default="sm_90")
@@ -150,17 +260,12 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="grad_in_forward=False")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    header = ("problem", "launch: rows x classes / warps", "programs", "registers", "spill bytes", "shared bytes")
-    header += ("instructions", "loads of 16 bytes", "other", "stores of 16 bytes", "other", "special functions")
     lines = []
-    for name in arguments.problems:
-        for launch in recorded_launches(PROBLEMS[name], dtype=dtype, recompute=arguments.recompute):
-            r = report(compile_launch(launch, TARGETS[arguments.target]))
-            loads, stores = r.count("LDG.E.128"), r.count("STG.E.128")
-            cells = [name, launch, launch.n_programs, r.registers, r.stack, r.shared, r.instructions.total()]
-            cells += [loads, r.count("LDG") - loads, stores, r.count("STG") - stores, r.count("MUFU")]
-            lines.append([str(cell) for cell in cells])
-    print(format_table(header, lines))
+    for problem in map(PROBLEMS.get, arguments.problems):
+        for launch in recorded_launches(problem, dtype=dtype, recompute=arguments.recompute):
+            compiled = compile_launch(launch, TARGETS[arguments.target])
+            lines.append(table_row(problem, launch, report(compiled), arguments.target))
+    print(format_table(HEADER, lines))
     print(f"\ntriton {triton.__version__} for {arguments.target}; instructions as they stand in the code of a thread")
 
 
