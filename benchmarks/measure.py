@@ -7,7 +7,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,7 +31,8 @@ def host_times(calls: dict[str, Call], device: torch.device, seconds: float) -> 
     """Median seconds of each call by the host's clock: for the CPU, and on a GPU for what the host's work bounds."""
     repeats = 1 if device.type == "cpu" else CALLS_PER_SAMPLE
 
-    def sample(call: Call) -> float:
+    def sample(name: str) -> float:
+        call = calls[name]
         synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
@@ -42,16 +43,22 @@ def host_times(calls: dict[str, Call], device: torch.device, seconds: float) -> 
     return _medians(calls, sample, seconds)
 
 
-def device_times(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median seconds of each call by CUDA events, with a cold L2 cache."""
+def device_times(
+    calls: dict[str, Call], device: torch.device, seconds: float, prepare: dict[str, Call] | None = None
+) -> dict[str, float]:
+    """Median seconds of each call by CUDA events, with a cold L2 cache.
+
+    What ``prepare`` has for a call runs before each of its samples, untimed, and its result is the call's argument.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     stream = torch.cuda.current_stream(device)
 
-    def sample(call: Call) -> float:
+    def sample(name: str) -> float:
+        arguments = (prepare[name](),) if prepare else ()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()  # while it runs, the host gets ahead, so that launches do not count
         start.record(stream)
-        call()
+        calls[name](*arguments)
         end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1e3
@@ -59,17 +66,35 @@ def device_times(calls: dict[str, Call], device: torch.device, seconds: float) -
     return _medians(calls, sample, seconds)
 
 
-def _medians(calls: dict[str, Call], sample: Callable[[Call], float], seconds: float) -> dict[str, float]:
+def graph_times(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median seconds of each call when it is replayed from a CUDA graph, many times in a row: no host, a warm cache."""
+    graphs = {name: _capture(call, device) for name, call in calls.items()}
+    return host_times({name: graph.replay for name, graph in graphs.items()}, device, seconds)
+
+
+def _capture(call: Call, device: torch.device) -> torch.cuda.CUDAGraph:
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_ROUNDS):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def _medians(names: Iterable[str], sample: Callable[[str], float], seconds: float) -> dict[str, float]:
     """Median sample of each call. The calls take turns, so that whatever else the machine does slows all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(WARMUP_ROUNDS):
-        for call in calls.values():
-            sample(call)
+        for name in samples:
+            sample(name)
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() < deadline:
-        for name, call in calls.items():
-            samples[name].append(sample(call))
+        for name in samples:
+            samples[name].append(sample(name))
         rounds += 1
     return {name: statistics.median(values) for name, values in samples.items()}
 

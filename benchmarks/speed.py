@@ -6,109 +6,17 @@ evaluation, under ``torch.no_grad()``; peak memory is that of forward + backward
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import measure
-from benchmarks.problems import CPU_PROBLEMS, GPU_PROBLEMS, PROBLEMS, Batch, Problem
-from lmf_triton import ldam_margins, lmf_loss
-from reference import lmf as reference
+from benchmarks.contenders import CONTENDERS, OURS, Run
+from benchmarks.problems import CPU_PROBLEMS, GPU_PROBLEMS, PROBLEMS, Problem
 
-ORACLE_ELEMENTS = 2**24  # logits that the float64 oracle takes at once: about 2 GiB with its graph
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # 10 times the error of eager PyTorch, or more
 SECONDS, QUICK_SECONDS = 4.0, 0.5  # of timing for each problem and pass, shared by the contenders
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A loss ``(logits, target, margins)``, and the options with which the oracle computes the same."""
-
-    name: str
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    oracle_options: Mapping[str, float] = field(default_factory=dict)
-    compiled: bool = False
-
-
-def cross_entropy(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
-    """PyTorch's own loss, which takes int64 targets and has no margins."""
-    return F.cross_entropy(logits, target.long())
-
-
-OURS = "lmf_triton"
-CONTENDERS = (
-    Contender(OURS, lmf_loss),
-    Contender("eager", reference.lmf_loss),
-    Contender("torch.compile", reference.lmf_loss, compiled=True),
-    Contender("F.cross_entropy", cross_entropy, {"alpha": 0, "gamma": 0}),
-)
-
-
-class Run:
-    """A contender on a batch: the calls that are timed, and whether what they compute is right."""
-
-    def __init__(self, contender: Contender, batch: Batch) -> None:
-        self.contender, self.batch = contender, batch
-        self.margins = ldam_margins(batch.class_counts)
-
-    @cached_property
-    def loss(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        loss = self.contender.loss
-        return torch.compile(loss, dynamic=False) if self.contender.compiled else loss
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.loss(self.batch.logits, self.batch.target, self.margins)
-
-    def forward_backward(self) -> tuple[Tensor, Tensor]:
-        loss = self.loss(self.batch.logits, self.batch.target, self.margins)
-        (grad,) = torch.autograd.grad(loss, self.batch.logits)
-        return loss.detach(), grad
-
-    def failure(self) -> str:
-        """Why this contender cannot be timed here: it does not run, or is wrong. Empty if all is well."""
-        try:
-            self.forward()  # torch.compile compiles it apart from the pass with a gradient
-            loss, grad = self.forward_backward()
-        except Exception as error:  # no compiler, out of memory: whatever it is, the others are still measured
-            reason = str(error).strip().partition("\n")[0]
-            return f"{type(error).__name__}: {reason}"
-        loss_error, grad_error = self._errors(loss, grad)
-        tolerance = TOLERANCE[grad.dtype]
-        if loss_error <= tolerance and grad_error <= tolerance:  # not so for NaN
-            return ""
-        return f"wrong: relative error {loss_error:.1e} of the loss, {grad_error:.1e} of the gradient"
-
-    def _errors(self, loss: Tensor, grad: Tensor) -> tuple[float, float]:
-        """Errors against the float64 oracle: of the loss, and of the gradient of the worst sample.
-
-        A sample's error is summed over its classes, most of which have a gradient far below the target's, and is
-        relative to the average sample.
-        """
-        n = self.batch.target.numel()
-        exact_loss = exact_size = 0.0
-        errors = []
-        tensors = self.batch.logits.detach(), self.batch.target, grad
-        size = max(1, ORACLE_ELEMENTS * len(grad) // grad.numel())
-        for logits, target, grad_piece in zip(*(tensor.split(size) for tensor in tensors), strict=True):
-            exact, exact_grad = self._oracle(logits, target)
-            exact_loss += exact.item() / n
-            exact_size += exact_grad.abs().sum().item() / n
-            errors.append((n * grad_piece.double() - exact_grad).abs().sum(1).max())
-        worst = torch.stack(errors).max().item()  # Python's max would lose a NaN
-        return abs(loss.item() - exact_loss) / exact_loss, worst / exact_size
-
-    def _oracle(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.double().requires_grad_()
-        options = self.contender.oracle_options
-        loss = reference.lmf_loss(logits, target, self.margins, reduction="sum", **options)
-        return loss.detach(), *torch.autograd.grad(loss, logits)
 
 
 def measure_problem(problem: Problem, device: torch.device, seconds: float) -> list[dict[str, object]]:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.contenders import CONTENDERS, OURS, Run
 from benchmarks.measure import synchronize
 from benchmarks.problems import CPU_PROBLEMS, GPU_PROBLEMS
-from benchmarks.speed import CONTENDERS, OURS, Run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,0 +1,373 @@
+"""Everything that only a GPU can tell, in one command of less than eight minutes: ``python -m benchmarks.gpu``.
+
+Runs the tests on the device; measures each named problem by CUDA events with a cold L2 cache, forward, backward and
+both, with the peak memory, against a copy of the logits, PyTorch and the peers that are installed, each checked
+against float64 first; compares with the targets; and writes ``benchmarks/results/<device>/``: ``tests.txt``,
+``gpu.csv``, ``targets.md`` and three plots. Needs the repository, torch, triton, numpy, pytest and matplotlib; with
+pytest-xdist the tests run in parallel.
+"""
+
+import argparse
+import gc
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import measure
+from benchmarks.contenders import (
+    COMPILED,
+    CONTENDERS,
+    CROSS_ENTROPY,
+    EAGER,
+    LIGER,
+    OURS,
+    QUACK,
+    RECOMPUTE,
+    Contender,
+    Run,
+    importable_peers,
+)
+from benchmarks.problems import GPU_PROBLEMS, PROBLEMS, Problem
+from lmf_triton import lmf_loss
+
+COPY = "copy"  # of the logits, to a tensor of their shape: one reading, one writing
+BUDGET_SECONDS = 460  # after which no other problem is begun
+TEST_SECONDS = 200  # after which the tests are stopped
+SECONDS = 0.4  # of timing for each problem and pass, shared by the contenders
+LAUNCH_TESTS = ["tests/test_gpu.py"]  # first, so that they are not the ones left out when the time is up
+SWEEP = tuple(Problem(f"rows_{n}", (n, 1000), "time against N") for n in (32, 128, 512, 2048, 8192, 32768, 131072))
+
+Row = dict[str, object]
+
+
+def run_tests(output: Path, seconds: float) -> bool:
+    """Run the test suite on the device, its output going to a file; whether all of it passed within the time."""
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    deadline = time.monotonic() + seconds
+    passed = True
+    with output.open("w") as file:
+        for selection, parallel in (LAUNCH_TESTS, []), ([f"--ignore={path}" for path in LAUNCH_TESTS], workers):
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *selection]
+            try:
+                result = subprocess.run(
+                    command,
+                    cwd=measure.ROOT,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=max(1.0, deadline - time.monotonic()),
+                    check=False,
+                )
+                passed &= result.returncode == 0
+            except subprocess.TimeoutExpired:
+                file.write(f"\nstopped after {seconds:.0f} s\n")
+                passed = False
+    lines = [
+        line for line in output.read_text().splitlines() if " in " in line or line.startswith(("FAILED", "stopped"))
+    ]
+    print("\n".join(["tests:", *lines, ""]))
+    return passed
+
+
+def measure_problem(
+    problem: Problem, contenders: Sequence[Contender], device: torch.device, seconds: float
+) -> list[Row]:
+    """A row for each contender and for the copy: medians in microseconds, peak memory, or why there are none."""
+    torch.compiler.reset()  # compile for this shape alone, as one would to train with it
+    batch = problem.make(device)
+    is_dense = len(problem.shape) > 2
+    runs = {c.name: Run(c, batch) for c in contenders if c.dense or not is_dense}
+    failures = {name: run.failure() for name, run in runs.items()}
+    sound = {name: run for name, run in runs.items() if not failures[name]}
+    copied = torch.empty_like(batch.logits)
+    copy = {COPY: partial(copied.copy_, batch.logits.detach())}
+
+    # What a compiled loss does without a gradient is compiled apart; that is left out, for its time.
+    evaluated = {name: run.forward for name, run in sound.items() if not run.contender.compiled}
+    trained = {name: run.forward_backward for name, run in sound.items()}
+    columns = {
+        "forward_us": measure.device_times(evaluated, device, seconds),
+        "backward_us": measure.device_times(
+            {name: run.backward for name, run in sound.items()},
+            device,
+            seconds,
+            prepare={name: run.training_forward for name, run in sound.items()},
+        ),
+        "forward_backward_us": measure.device_times(copy | trained, device, seconds),
+    }
+    if problem.launch_bound:
+        columns["eager_us"] = measure.host_times(trained, device, seconds)
+        columns["graph_us"] = measure.graph_times(trained, device, seconds)
+    peaks = {name: measure.peak_bytes(run.forward_backward, device) for name, run in sound.items()}
+    facts = {
+        "problem": problem.name,
+        "shape": "x".join(map(str, problem.shape)),
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "logits_mib": batch.logits.numel() * batch.logits.element_size() / 2**20,
+    }
+    return [
+        {
+            **facts,
+            "contender": name,
+            **{
+                column: _microseconds(columns.get(column, {}).get(name))
+                for column in ("forward_us", "backward_us", "forward_backward_us", "eager_us", "graph_us")
+            },
+            "peak_mib": peaks[name] / 2**20 if name in peaks else None,
+            "failure": failures.get(name, ""),
+        }
+        for name in (COPY, *runs)
+    ]
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else float(f"{1e6 * seconds:.4g}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a ratio of ours to another contender's time, or of memory, on some problems."""
+
+    what: str
+    applies: Callable[[Row], bool]  # to our row
+    ratio: Callable[[Row, dict[str, Row]], float | None]  # of our row, given all rows of its problem
+    limit: float
+
+
+def _over(other: str, column: str = "forward_backward_us") -> Callable[[Row, dict[str, Row]], float | None]:
+    """Our time over the other's."""
+
+    def ratio(ours: Row, rows: dict[str, Row]) -> float | None:
+        theirs = rows.get(other, {}).get(column)
+        return ours[column] / theirs if ours[column] and theirs else None
+
+    return ratio
+
+
+def _over_one_read(ours: Row, rows: dict[str, Row]) -> float | None:
+    """Our forward pass over half a copy."""
+    return ours["forward_us"] / (rows[COPY]["forward_backward_us"] / 2) if ours["forward_us"] else None
+
+
+def _memory(ours: Row, rows: dict[str, Row]) -> float | None:
+    """Our peak memory over one gradient."""
+    return ours["peak_mib"] / ours["logits_mib"] if ours["peak_mib"] else None
+
+
+def _n_classes(row: Row) -> int:
+    return int(str(row["shape"]).split("x")[1])
+
+
+def _n_samples(row: Row) -> int:
+    return math.prod(map(int, str(row["shape"]).split("x"))) // _n_classes(row)
+
+
+def _is_large(row: Row) -> bool:
+    return str(row["problem"]).startswith("large")
+
+
+def _is_short_or_dense(row: Row) -> bool:
+    return str(row["problem"]).startswith(("short", "dense"))
+
+
+def _is_tiny(row: Row) -> bool:
+    return row["problem"] == "tiny"
+
+
+TARGETS = (
+    Target("copy, C = 1K to 32K", lambda r: _is_large(r) and _n_classes(r) <= 32768, _over(COPY), 1.10),
+    Target("copy, C = 64K to 256K", lambda r: _is_large(r) and _n_classes(r) > 32768, _over(COPY), 1.35),
+    Target("copy, short rows and dense", _is_short_or_dense, _over(COPY), 1.25),
+    Target("F.cross_entropy, N = 32, C = 7, eager mode", _is_tiny, _over(CROSS_ENTROPY, "eager_us"), 1.0),
+    Target("eager LMF, N = 32, C = 7, eager mode", _is_tiny, _over(EAGER, "eager_us"), 0.25),
+    Target("eager LMF", lambda r: _is_large(r) or _is_short_or_dense(r), _over(EAGER), 1 / 8),
+    Target("torch.compile LMF", lambda r: _is_large(r) or _is_short_or_dense(r), _over(COMPILED), 1 / 2),
+    Target("Liger CE", _is_large, _over(LIGER), 1 / 1.5),
+    Target("QuACK CE", _is_large, _over(QUACK), 1 / 1.2),
+    Target("one gradient, peak memory", _is_large, _memory, 1.01),
+    Target("one read, forward alone", lambda r: _is_large(r) or _is_short_or_dense(r), _over_one_read, 1.10),
+)
+
+
+def target_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """For each target: how many of its problems meet it, and the worst."""
+    problems: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        problems.setdefault(str(row["problem"]), {})[str(row["contender"])] = row
+    lines = []
+    for target in TARGETS:
+        ratios = {
+            name: target.ratio(of_problem[OURS], of_problem)
+            for name, of_problem in problems.items()
+            if OURS in of_problem and target.applies(of_problem[OURS])
+        }
+        ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        if not ratios:
+            lines.append([target.what, f"{target.limit:.3g}", "not measured", "-", "-"])
+            continue
+        worst = max(ratios, key=ratios.get)
+        met = sum(ratio <= target.limit for ratio in ratios.values())
+        median = sorted(ratios.values())[len(ratios) // 2]
+        lines.append(
+            [
+                target.what,
+                f"{target.limit:.3g}",
+                f"{met} of {len(ratios)}",
+                f"{median:.3g}",
+                f"{ratios[worst]:.3g} ({worst})",
+            ]
+        )
+    return lines
+
+
+TARGET_HEADER = ("ours over", "target", "met", "median", "worst")
+COLORS = {OURS: "#0072B2", RECOMPUTE: "#56B4E9", EAGER: "#999999", COMPILED: "#E69F00", CROSS_ENTROPY: "#D55E00"}
+COLORS |= {COPY: "#000000", LIGER: "#CC79A7", QUACK: "#009E73", "flash-attn CE": "#F0E442"}
+
+
+def plot_bandwidth(rows: Sequence[Row], path: Path) -> None:
+    """Useful traffic (one reading, one writing of the logits) a second against C, forward + backward."""
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
+        large = [row for row in rows if _is_large(row) and row["dtype"] == dtype and row["forward_backward_us"]]
+        for name in dict.fromkeys(row["contender"] for row in large):
+            points = sorted((_n_classes(row), _gigabytes_a_second(row)) for row in large if row["contender"] == name)
+            style = "--" if name == COPY else "o-"
+            axes.plot(*zip(*points, strict=True), style, color=COLORS.get(name), label=name, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("classes")
+        axes.set_title(dtype)
+        axes.set_ylim(bottom=0)
+        axes.grid(color="#DDDDDD", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("GB/s of useful traffic, forward + backward")
+    handles = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path)
+
+
+def _gigabytes_a_second(row: Row) -> float:
+    return 2 * row["logits_mib"] * 2**20 / row["forward_backward_us"] / 1e3
+
+
+def plot_lines(rows: Sequence[Row], x: Callable[[Row], float], y: str, labels: tuple[str, str], path: Path) -> None:
+    """One line a contender, both axes logarithmic."""
+    figure = Figure(figsize=(6.5, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        points = sorted((x(row), row[y]) for row in rows if row["contender"] == name and row[y])
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=COLORS.get(name), label=name, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
+def write_results(rows: Sequence[Row], output: Path, environment: dict) -> None:
+    """The table, the targets and the plots of what has been measured."""
+    measure.write_csv(output / "gpu.csv", rows, environment)
+    header = ["| " + " | ".join(TARGET_HEADER) + " |", "|" + "---|" * len(TARGET_HEADER)]
+    lines = header + ["| " + " | ".join(line) + " |" for line in target_lines(rows)]
+    described = ", ".join(f"{name} {value}" for name, value in environment.items())
+    (output / "targets.md").write_text("\n".join([*lines, "", described, ""]))
+    plot_bandwidth(rows, output / "bandwidth.png")
+    sweep = [row for row in rows if str(row["problem"]).startswith("rows_")]
+    samples = lambda row: math.prod(map(int, row["shape"].split("x"))) / _n_classes(row)  # noqa: E731
+    plot_lines(
+        sweep, samples, "forward_backward_us", ("samples, C = 1000", "µs, forward + backward"), output / "time.png"
+    )
+    large = [row for row in rows if _is_large(row) and row["dtype"] == "float32"]
+    plot_lines(
+        large, lambda row: row["logits_mib"], "peak_mib", ("MiB of logits", "peak MiB above"), output / "memory.png"
+    )
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """The table for the eye: each time also as a multiple of the copy."""
+    copies = {row["problem"]: row["forward_backward_us"] for row in rows if row["contender"] == COPY}
+    lines = []
+    for row in rows:
+        times = [row[column] for column in ("forward_us", "backward_us", "forward_backward_us", "eager_us", "graph_us")]
+        total, copy = row["forward_backward_us"], copies.get(row["problem"])
+        cells = [f"{row['problem']} {row['shape']} {row['dtype']}", row["contender"]]
+        cells += ["-" if value is None else f"{value:,.4g}" for value in times]
+        cells += [f"{total / copy:.2f}" if total and copy else "-"]
+        cells += ["-" if row["peak_mib"] is None else f"{row['peak_mib']:,.4g}"]
+        lines.append(cells)
+    header = (
+        "problem",
+        "loss",
+        "forward µs",
+        "backward µs",
+        "both µs",
+        "both, eager µs",
+        "both, graph µs",
+        "× copy",
+        "MiB",
+    )
+    failures = [f"{row['problem']}, {row['contender']}: {row['failure']}" for row in rows if row["failure"]]
+    return "\n".join([measure.format_table(header, lines), "", *failures])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--problems", nargs="+", choices=PROBLEMS, metavar="NAME", help="only these, and no sweep over N"
+    )
+    parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/<device>)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing a pass (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="begin no problem after so many seconds")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(
+            2, "benchmarks.gpu needs a GPU, and PyTorch sees none. `python -m benchmarks.speed` measures a CPU.\n"
+        )
+
+    start = time.monotonic()
+    device = torch.device("cuda")
+    output = args.output or measure.results_folder(device)
+    output.mkdir(parents=True, exist_ok=True)
+    environment = measure.environment(device)
+    passed = args.no_tests or run_tests(output / "tests.txt", TEST_SECONDS)
+
+    contenders = (CONTENDERS[0], Contender(RECOMPUTE, partial(lmf_loss, grad_in_forward=False)), *CONTENDERS[1:])
+    contenders += tuple(importable_peers())
+    chosen = [PROBLEMS[name] for name in args.problems] if args.problems else [*GPU_PROBLEMS, *SWEEP]
+    rows: list[Row] = []
+    for i, problem in enumerate(chosen):
+        if time.monotonic() - start > args.budget:
+            print(f"time is up: not measured are {', '.join(problem.name for problem in chosen[i:])}")
+            break
+        in_sweep = problem in SWEEP  # where a compiler's time would be most of it
+        rows += measure_problem(problem, [c for c in contenders if not (in_sweep and c.compiled)], device, args.seconds)
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"{time.monotonic() - start:5.0f} s  {problem.name}", flush=True)
+        write_results(rows, output, environment)  # what has been measured is kept, whatever comes next
+
+    print(format_rows(rows))
+    print(measure.format_table(TARGET_HEADER, target_lines(rows)))
+    print(f"\n{environment}\n{output}")
+    wrong = [row for row in rows if row["failure"] and row["contender"] in (OURS, RECOMPUTE)]
+    return 0 if passed and not wrong else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

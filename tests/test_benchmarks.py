@@ -1,0 +1,109 @@
+"""Promise: the benchmark scripts do what they say; the one for a GPU, as far as that can be tried without."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, measure
+from benchmarks.contenders import COMPILED, CONTENDERS, OURS, Contender, Run, importable_peers
+from benchmarks.problems import Problem
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+EAGER_CONTENDERS = [contender for contender in CONTENDERS if not contender.compiled]
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[gpu.Row]:
+    """Rows as on a GPU, where every call is run once and takes as many microseconds as calls went before it."""
+    clock = itertools.count(1)
+
+    def times(calls, device, seconds, prepare=None):
+        for name, call in calls.items():
+            call(*((prepare[name](),) if prepare else ()))
+        return {name: 1e-6 * next(clock) for name in calls}
+
+    for name in "device_times", "host_times", "graph_times":
+        monkeypatch.setattr(measure, name, times)
+    problems = [
+        Problem("tiny", (32, 7), "", launch_bound=True),
+        Problem("large_1k_bf16", (64, 1024), "", torch.bfloat16),
+        Problem("large_64k_fp32", (2, 65536), ""),
+        Problem("dense_2", (2, 2, 8, 8), "", target_dtype=torch.uint8),
+        Problem("rows_32", (32, 1000), ""),
+    ]
+    return [row for problem in problems for row in gpu.measure_problem(problem, EAGER_CONTENDERS, CPU, 0.0)]
+
+
+def test_every_contender_is_checked_and_measured_on_every_problem(measured):
+    names = [gpu.COPY, *(contender.name for contender in EAGER_CONTENDERS)]
+    assert [row["contender"] for row in measured] == 5 * names
+    assert not any(row["failure"] for row in measured)
+    ours = [row for row in measured if row["contender"] == OURS]
+    assert all(row[f"{what}_us"] > 0 for row in ours for what in ("forward", "backward", "forward_backward"))
+    assert [row["graph_us"] is not None for row in ours] == [True, False, False, False, False]
+
+
+def test_results_and_targets_are_written(measured, tmp_path):
+    gpu.write_results(measured, tmp_path, {"device": "none"})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("gpu.csv", "targets.md", "bandwidth.png", "time.png", "memory.png")
+    }
+    assert OURS in gpu.format_rows(measured)
+    lines = {line[0]: line for line in gpu.target_lines(measured)}
+    assert len(lines) == len(gpu.TARGETS)
+    assert lines["torch.compile LMF"][2] == lines["Liger CE"][2] == "not measured"
+    assert lines["copy, C = 1K to 32K"][2] in ("0 of 1", "1 of 1")
+    assert lines["eager LMF"][2].endswith(" of 3")
+
+
+@pytest.mark.parametrize(("ours_us", "met"), [(109.0, "1 of 1"), (111.0, "0 of 1")])
+def test_a_target_is_met_or_missed(ours_us, met):
+    row = {"problem": "large_4k_bf16", "shape": "65536x4096", "logits_mib": 512.0, "peak_mib": 512.0, "forward_us": 1.0}
+    rows = [
+        row | {"contender": OURS, "forward_backward_us": ours_us},
+        row | {"contender": gpu.COPY, "forward_backward_us": 100.0},
+    ]
+    (line,) = [line for line in gpu.target_lines(rows) if line[0].startswith("copy, C = 1K")]
+    assert line[2] == met
+
+
+def test_a_wrong_loss_is_not_timed(monkeypatch):
+    def half(logits, target, margins):
+        return torch.nn.functional.cross_entropy(logits, target) / 2
+
+    batch = Problem("any", (64, 7), "").make(CPU)
+    assert "wrong" in Run(Contender("half", half), batch).failure()
+    assert Run(CONTENDERS[0], batch).failure() == ""
+
+
+def test_a_loss_that_overwrites_its_logits_is_checked_and_leaves_the_others_theirs():
+    def overwriting(logits, target, margins):
+        loss = CONTENDERS[0].loss(logits, target, margins)
+        logits.detach().zero_()
+        return loss
+
+    batch = Problem("any", (64, 7), "").make(CPU)
+    before = batch.logits.detach().clone()
+    run = Run(Contender("overwriting", overwriting, overwrites=True), batch)
+    assert run.failure() == ""
+    assert torch.equal(batch.logits, before)
+    assert not torch.equal(run.batch.logits, before)
+
+
+def test_without_a_gpu_the_command_says_what_to_run_instead():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "benchmarks.speed" in result.stderr
+
+
+def test_peers_are_cross_entropies_that_take_two_dimensions():
+    for peer in importable_peers():
+        assert not peer.dense and peer.oracle_options and peer.name != COMPILED
