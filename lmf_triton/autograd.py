@@ -42,15 +42,19 @@ class LMFFunction(Function):
         if upstream is None:
             return (None,) * 7
         link, *saved = ctx.saved_tensors
-        with torch.no_grad():
-            if ctx.grad_in_forward:
-                # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it.
-                grad = ctx.backend.apply_upstream(*saved, upstream, in_place=not _graph_is_kept())
-            else:
-                grad = ctx.backend.backward(saved, upstream, ctx.options)
-        if torch.is_grad_enabled():  # create_graph=True
-            grad = _FirstOrderOnly.apply(grad, link, upstream)
-        return grad, None, None, None, None, None, None
+        if not torch.is_grad_enabled():
+            return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 6
+        with torch.no_grad():  # create_graph=True
+            grad = LMFFunction._gradient(ctx, saved, upstream)
+        grad = _FirstOrderOnly.apply(grad, link, upstream)
+        return grad, *(None,) * 6
+
+    @staticmethod
+    def _gradient(ctx, saved: list[Tensor], upstream: Tensor) -> Tensor:
+        if not ctx.grad_in_forward:
+            return ctx.backend.backward(saved, upstream, ctx.options)
+        # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it.
+        return ctx.backend.apply_upstream(*saved, upstream, in_place=not _graph_is_kept())
 
 
 class _FirstOrderOnly(Function):

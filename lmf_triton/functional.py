@@ -1,5 +1,6 @@
 """The loss as a function: checks, and the choice between the Triton kernels and plain PyTorch."""
 
+from functools import lru_cache
 from numbers import Integral, Real
 from types import ModuleType
 
@@ -88,7 +89,10 @@ def lmf_loss(
         (https://arxiv.org/abs/2212.12741); Cao et al. 2019 for LDAM (https://arxiv.org/abs/1906.07413);
         Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002).
     """
-    options = check_options(alpha, beta, gamma, scale, ignore_index, reduction)
+    try:
+        options = _known_options(alpha, beta, gamma, scale, ignore_index, reduction)
+    except TypeError:  # not hashable, or wrong indeed
+        options = check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     _check_tensors(logits, target, margins, weight)
     if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
@@ -125,6 +129,10 @@ def check_options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
+
+
+# The same few settings come with every batch: to check them again costs as much as to check the tensors.
+_known_options = lru_cache(maxsize=256, typed=True)(check_options)
 
 
 def _check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None) -> None:

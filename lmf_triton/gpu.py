@@ -73,7 +73,7 @@ def forward(
         totals = None
         if options.is_mean and n_partials > 1:
             totals = _totals(target, weight, n_classes, options.ignore_index, dtype)
-        loss = logits.new_empty(target.shape if per_row else n_partials, dtype=dtype)
+        loss = logits.new_empty(target.shape if per_row else () if n_partials == 1 else n_partials, dtype=dtype)
         for i, (logits_at, target_at, out_at, grad_at) in enumerate(layout.offsets):
             kernels.forward_kernel[(n_programs,)](
                 _from(logits, logits_at),
@@ -107,8 +107,8 @@ def forward(
                 num_warps=config.num_warps,
                 **COMPILER_OPTIONS,
             )
-        if not per_row:
-            loss = loss.sum() if n_partials > 1 else loss.view(())
+        if not per_row and n_partials > 1:
+            loss = loss.sum()
     return loss, grad, saved
 
 
