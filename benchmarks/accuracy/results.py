@@ -1,0 +1,188 @@
+"""What a run leaves in its folder, so that anyone can recompute it and an interrupted run can go on.
+
+``predictions.csv.gz`` has every test prediction, ``metrics.csv`` what follows from them, ``settings.json`` how they
+came about. Files are replaced as a whole: one that a crash interrupts keeps its former content.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+PREDICTIONS, METRICS, SETTINGS = "predictions.csv.gz", "metrics.csv", "settings.json"
+EXTENT = ("losses", "seeds")  # settings that say how much to train, and change no result
+
+
+class DifferentSettings(ValueError):
+    """The folder holds results of other settings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One trained network: its predictions for the test part, and the epoch it was taken from."""
+
+    loss: str
+    seed: int
+    indices: np.ndarray  # of the test images in the data set
+    labels: np.ndarray
+    predicted: np.ndarray
+    best_epoch: int
+    validation_f1: float
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.loss, self.seed
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Test metrics of one run; every class counts the same in the macro averages."""
+
+    accuracy: float
+    macro_precision: float
+    macro_recall: float
+    macro_f1: float
+    class_f1: tuple[float, ...]
+
+
+def metrics(run: Run, n_classes: int) -> Metrics:
+    """From the predictions alone. What is never predicted has precision 0."""
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        run.labels, run.predicted, labels=range(n_classes), zero_division=0
+    )
+    return Metrics(
+        float(accuracy_score(run.labels, run.predicted)),
+        float(precision.mean()),
+        float(recall.mean()),
+        float(f1.mean()),
+        tuple(f1.tolist()),
+    )
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Whether a run with these settings may go on in this folder. More losses or seeds than before may be asked for.
+
+    Raises:
+        DifferentSettings: the folder holds results of other settings, or of losses or seeds that are not asked for.
+    """
+    if not (folder / SETTINGS).exists():
+        return
+    earlier = json.loads((folder / SETTINGS).read_text())["settings"]
+    differences = [
+        f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} now"
+        for name in {**earlier, **settings}
+        if name not in EXTENT and earlier.get(name) != settings.get(name)
+    ]
+    differences += [
+        f"{name} {earlier[name]!r} there, {settings[name]!r} now"
+        for name in EXTENT
+        if not set(earlier[name]) <= set(settings[name])
+    ]
+    if differences:
+        raise DifferentSettings(
+            f"{folder} holds results of other settings: {'; '.join(differences)}. "
+            "Use the same, choose another --output, or remove the folder."
+        )
+
+
+def record_settings(folder: Path, settings: dict, environment: dict) -> None:
+    """Write the settings, and add this session's environment to those of the sessions before it."""
+    path = folder / SETTINGS
+    sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+    content = {"settings": settings, "sessions": [*sessions, environment]}
+    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_runs(folder: Path, runs: Sequence[Run], class_names: Sequence[str]) -> None:
+    """Both files, a line for each prediction and each run; the metrics last, so that they never lack predictions."""
+    # An image's predictions side by side compress to a tenth of what those of a run side by side do.
+    lines = [
+        (run.seed, index, position, run.loss, label, predicted)
+        for position, run in enumerate(runs)
+        for index, label, predicted in zip(
+            run.indices.tolist(), run.labels.tolist(), run.predicted.tolist(), strict=True
+        )
+    ]
+    predictions = [
+        {"loss": loss, "seed": seed, "index": index, "label": label, "predicted": predicted}
+        for seed, index, _, loss, label, predicted in sorted(lines)
+    ]
+    # Without the time, so that the same predictions are the same bytes.
+    replace_file(folder / PREDICTIONS, gzip.compress(csv_text(predictions).encode(), mtime=0))
+    rows = [_metrics_row(run, class_names) for run in runs]
+    replace_file(folder / METRICS, csv_text(rows).encode())
+
+
+def _metrics_row(run: Run, class_names: Sequence[str]) -> dict[str, object]:
+    scores = metrics(run, len(class_names))
+    numbers = {
+        "accuracy": scores.accuracy,
+        "macro_precision": scores.macro_precision,
+        "macro_recall": scores.macro_recall,
+        "macro_f1": scores.macro_f1,
+        "validation_macro_f1": run.validation_f1,
+        **{f"f1 {name}": f1 for name, f1 in zip(class_names, scores.class_f1, strict=True)},
+    }
+    return {
+        "loss": run.loss,
+        "seed": run.seed,
+        "best_epoch": run.best_epoch,
+        "seconds": f"{run.seconds:.1f}",
+        **{name: f"{number:.6f}" for name, number in numbers.items()},
+    }
+
+
+def read_runs(folder: Path, class_names: Sequence[str]) -> list[Run]:
+    """The finished runs: those in both files, whose metrics are those of their predictions."""
+    if not (folder / METRICS).exists() or not (folder / PREDICTIONS).exists():
+        return []
+    with gzip.open(folder / PREDICTIONS, "rt", newline="") as file:
+        predictions: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        for line in csv.DictReader(file):
+            images = predictions.setdefault((line["loss"], int(line["seed"])), [])
+            images.append((int(line["index"]), int(line["label"]), int(line["predicted"])))
+    with (folder / METRICS).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = []
+    for row in rows:
+        key = row["loss"], int(row["seed"])
+        if key not in predictions:
+            continue
+        indices, labels, predicted = np.array(predictions[key]).T
+        run = Run(
+            *key,
+            indices=indices,
+            labels=labels,
+            predicted=predicted,
+            best_epoch=int(row["best_epoch"]),
+            validation_f1=float(row["validation_macro_f1"]),
+            seconds=float(row["seconds"]),
+        )
+        if {name: str(value) for name, value in _metrics_row(run, class_names).items()} == row:
+            runs.append(run)
+    return runs
+
+
+def csv_text(rows: Sequence[dict[str, object]]) -> str:
+    """The rows as CSV, under the names of the first."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it has the old content or the new at any moment, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

