@@ -1,11 +1,13 @@
 """Time, memory and surroundings of a measurement: what all benchmark scripts share. Needs nothing but torch."""
 
 import csv
+import ctypes
 import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
@@ -21,10 +23,25 @@ MIN_ROUNDS = 5
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU of today
 CALLS_PER_SAMPLE = 100  # of a launch-bound call on the GPU, so that one synchronisation at the end does not count
 
+# Parameters of mallopt in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
 # The profiler's own log lines would break up the tables.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 Call = Callable[[], object]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor instead of returning it to the system, for this process.
+
+    Otherwise page faults are a good part of any large operation on the CPU, and whose they are is decided by what the
+    others freed before.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def host_times(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:

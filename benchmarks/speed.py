@@ -1,7 +1,8 @@
 """How fast is the loss? Time and peak memory against eager PyTorch, ``torch.compile`` and ``F.cross_entropy``.
 
 ``python -m benchmarks.speed`` prints a table and writes ``benchmarks/results/<device>/speed.csv``. Forward is
-evaluation, under ``torch.no_grad()``; peak memory is that of forward + backward, above the inputs.
+evaluation, under ``torch.no_grad()``; peak memory is that of forward + backward, above the inputs. On the CPU, glibc is
+told to keep freed memory, so that page faults do not decide.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, for a trial")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    measure.keep_freed_memory()
     environment = measure.environment(args.device)
 
     problems = CPU_PROBLEMS if args.device.type == "cpu" else GPU_PROBLEMS

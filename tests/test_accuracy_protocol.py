@@ -19,6 +19,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from torch import nn
 
+from benchmarks import measure
 from benchmarks.accuracy import __main__ as experiment
 from benchmarks.accuracy import command, models, protocol, report, results, sweep
 from benchmarks.accuracy.data import Dataset
@@ -35,7 +36,7 @@ def plain_pytorch():
     """Train through the CPU path: what is tested here is not the kernels. And leave this process's malloc alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "_backend", lambda logits: cpu)
-        patch.setattr(protocol, "_keep_freed_memory", lambda: None)
+        patch.setattr(measure, "keep_freed_memory", lambda: None)
         yield
 
 

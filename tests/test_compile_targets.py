@@ -110,6 +110,24 @@ def test_every_launch_compiles_for_every_target(reports):
     }
 
 
+# Besides these, the sum of the programs' parts of a loss is one of PyTorch's kernels, where there are several.
+@pytest.mark.parametrize(
+    ("problem", "dtype", "kernels"),
+    [
+        ("tiny", "float32", ["forward", "upstream"]),
+        ("large_1k_bf16", "bfloat16", ["totals", "forward", "upstream"]),
+        ("large_256k_bf16", "bfloat16", ["totals", "forward", "upstream"]),
+        ("dense_19", "float32", ["totals", "forward", "upstream"]),
+        ("large_1k_bf16", "float16", ["totals", "forward", "backward"]),
+        ("few_256k_bf16", "bfloat16", ["statistics", "forward", "backward", "upstream"]),
+    ],
+)
+def test_number_of_launches(reports, problem, dtype, kernels):
+    """At most three in forward, its sum included; one in backward."""
+    case = [problem, dtype, "sm_90", dtype == "float16", 1.0]
+    assert [r["kernel"] for r in reports if r["case"] == case] == [f"{kernel}_kernel" for kernel in kernels]
+
+
 def test_nothing_spills(reports):
     """But for a few bytes in the longest tile, where newer compilers do not fit 64 elements into 128 registers."""
     for r in of_nvidia(reports):

@@ -5,10 +5,7 @@ one of the epoch with the best macro-F1 on the validation part; of equals, the f
 """
 
 import copy
-import ctypes
 import math
-import platform
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import measure
 from benchmarks.accuracy.data import Dataset
 from benchmarks.accuracy.models import Model
 from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_margins
@@ -39,9 +37,6 @@ DRW_SUFFIX = "-drw"
 DRW_SHARE = 0.8  # of the epochs, after which re-weighting sets in: 160 of 200 in LDAM's code
 
 EVALUATION_BATCH = 256
-
-# Parameters of mallopt in glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 QUICK_IMAGES = 40  # of the most frequent class
 QUICK_RAREST = 8
@@ -193,18 +188,7 @@ def set_up(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large blocks for the next layer instead of returning them to the system.
-
-    Training EfficientNet-Lite0 takes 74 ms an image instead of 130 (AMD EPYC, one thread, torch 2.15).
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    measure.keep_freed_memory()  # EfficientNet-Lite0 then takes 74 ms an image instead of 130 (AMD EPYC, one thread)
 
 
 def train(
