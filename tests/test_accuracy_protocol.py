@@ -222,8 +222,10 @@ def test_the_sweep_and_training_never_read_the_test_part(monkeypatch):
     task = make_task(epochs=1)
     read = record(monkeypatch, protocol, "predict", lambda args, result: args[2])
     read += record(monkeypatch, protocol, "batches", lambda args, result: args[0])
+    heads = record(monkeypatch, protocol, "initial_network", lambda args, network: type(network[1]))
     rows = sweep.train_all(task, [0])
     assert len(rows) == len(sweep.VARIANTS)
+    assert heads.count(models.NormalisedLinear) == sum(row["factor"] == "head" for row in rows) == 2
     parts = protocol.split(task.dataset, 0)
     assert read
     assert not set(parts.test) & set(np.concatenate(read))
