@@ -2,9 +2,13 @@
 
 import os
 
-import hypothesis
 import pytest
 import torch
+
+try:
+    import hypothesis
+except ImportError:  # benchmarks.gpu runs the other tests without it
+    hypothesis = None
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -13,9 +17,10 @@ if not HAS_GPU:
 from lmf_triton import cpu, functional  # noqa: E402
 
 # The same draws in every run; `pytest --hypothesis-profile=long` draws new ones, for half an hour.
-hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=150, deadline=None)
-hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
-hypothesis.settings.load_profile("fixed")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=150, deadline=None)
+    hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
+    hypothesis.settings.load_profile("fixed")
 
 # The interpreter works through many small tensors, which more threads only slow down.
 torch.set_num_threads(1)

@@ -104,6 +104,30 @@ def test_without_a_gpu_the_command_says_what_to_run_instead():
     assert "benchmarks.speed" in result.stderr
 
 
+def test_the_tests_run_with_what_is_installed(tmp_path, monkeypatch):
+    """A file that wants more is named, and not run; one that fails, or takes too long, is not passed over."""
+    files = {
+        "test_gpu.py": "def test_a(): pass",
+        "test_wants.py": "import a_module_that_is_not_there",
+        "test_other.py": "import oracle\nfrom torch import nn\ndef test_b(): pass",
+        "oracle.py": "",
+        "test_benchmarks.py": "assert False",
+    }
+    (tmp_path / "tests").mkdir()
+    for name, content in files.items():
+        (tmp_path / "tests" / name).write_text(content)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    output = tmp_path / "tests.txt"
+    assert gpu.run_tests(output, 60)
+    assert "not run, for want of a_module_that_is_not_there: tests/test_wants.py" in output.read_text()
+    assert output.read_text().count("1 passed") == 2
+    (tmp_path / "tests" / "test_other.py").write_text("def test_b(): assert False")
+    assert not gpu.run_tests(output, 60)
+    (tmp_path / "tests" / "test_other.py").write_text("import time\ndef test_b(): time.sleep(60)")
+    assert not gpu.run_tests(output, 8)
+    assert "stopped after 8 s" in output.read_text()
+
+
 def test_peers_are_cross_entropies_that_take_two_dimensions():
     for peer in importable_peers():
         assert not peer.dense and peer.oracle_options and peer.name != COMPILED
