@@ -18,7 +18,7 @@ MAX_WARPS = 16
 MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
 # Rows of at most this many classes share a program. Elements of their tile: with 1024, 2048 and 4096 a float32 row of
 # 256 classes takes 552, 384 and 296 instructions of a warp on sm_90 (triton 3.6), while 62%, 50% and 25% of the warps
-# can be resident; its bytes leave time for 650.
+# can be resident; its bytes leave time for 630.
 MAX_SHORT_CLASSES = 256
 SHORT_ROWS_TILE = 2048
 # Where neighbouring rows, not classes, are neighbours in memory: 16 rows fill a 32-byte sector of half logits, and
