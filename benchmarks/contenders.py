@@ -47,23 +47,28 @@ CONTENDERS = (
 
 
 def importable_peers() -> list[Contender]:
-    """Cross-entropy by the kernels of other libraries, where these are installed. It is less work than LMF."""
+    """Cross-entropy by the kernels of other libraries, where these can be imported. It is less work than LMF."""
     peers = []
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         liger = LigerCrossEntropyLoss()
         peers.append(Contender(LIGER, lambda x, y, _: liger(x, y.long()), CE_OPTIONS, overwrites=True, dense=False))
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         from quack.cross_entropy import cross_entropy as quack
 
         peers.append(Contender(QUACK, lambda x, y, _: quack(x, y.long()).mean(), CE_OPTIONS, dense=False))
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         from flash_attn.losses.cross_entropy import CrossEntropyLoss
 
         flash = CrossEntropyLoss()
         peers.append(Contender(FLASH, lambda x, y, _: flash(x, y.long()), CE_OPTIONS, dense=False))
     return peers
+
+
+def describe(error: Exception) -> str:
+    """Its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class Run:
@@ -99,15 +104,12 @@ class Run:
         """Why this contender cannot be timed here: it does not run, or is wrong. Empty if all is well."""
         intact = self.batch.logits.detach().clone() if self.contender.overwrites else self.batch.logits.detach()
         try:
-            loss, grad = self.forward_backward()
+            errors = self._errors(intact, *self.forward_backward())
         except Exception as error:  # no compiler, out of memory: whatever it is, the others are still measured
-            reason = str(error).strip().partition("\n")[0]
-            return f"{type(error).__name__}: {reason}"
-        loss_error, grad_error = self._errors(intact, loss, grad)
-        tolerance = TOLERANCE[grad.dtype]
-        if loss_error <= tolerance and grad_error <= tolerance:  # not so for NaN
+            return describe(error)
+        if all(error <= TOLERANCE[intact.dtype] for error in errors):  # not so for NaN
             return ""
-        return f"wrong: relative error {loss_error:.1e} of the loss, {grad_error:.1e} of the gradient"
+        return "wrong: relative error {:.1e} of the loss, {:.1e} of the gradient".format(*errors)
 
     def _errors(self, logits: Tensor, loss: Tensor, grad: Tensor) -> tuple[float, float]:
         """Errors against the float64 oracle: of the loss, and of the gradient of the worst sample.

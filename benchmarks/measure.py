@@ -20,7 +20,8 @@ from torch.utils import collect_env
 ROOT = Path(__file__).parents[1]
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 5
-FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU of today
+FLUSH_BYTES = 2**30  # more than the L2 cache of any GPU; to write and read it takes an H100 about 0.7 ms
+CALLS_PER_GRAPH = 20  # so that the host's work for a replay does not count
 CALLS_PER_SAMPLE = 100  # of a launch-bound call on the GPU, so that one synchronisation at the end does not count
 
 # Parameters of mallopt in glibc's malloc.h.
@@ -67,13 +68,15 @@ def device_times(
 
     What ``prepare`` has for a call runs before each of its samples, untimed, and its result is the call's argument.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSH_BYTES // 8, dtype=torch.int64, device=device)
     stream = torch.cuda.current_stream(device)
 
     def sample(name: str) -> float:
         arguments = (prepare[name](),) if prepare else ()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # while it runs, the host gets ahead, so that launches do not count
+        # While this runs, the host gets ahead, so that launches do not count. The reading writes back what the writing
+        # left in the cache.
+        flush.zero_().sum()
         start.record(stream)
         calls[name](*arguments)
         end.record(stream)
@@ -84,9 +87,10 @@ def device_times(
 
 
 def graph_times(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median seconds of each call when it is replayed from a CUDA graph, many times in a row: no host, a warm cache."""
+    """Median seconds of each call when many are replayed from one CUDA graph: no host's work, a warm cache."""
     graphs = {name: _capture(call, device) for name, call in calls.items()}
-    return host_times({name: graph.replay for name, graph in graphs.items()}, device, seconds)
+    times = host_times({name: graph.replay for name, graph in graphs.items()}, device, seconds)
+    return {name: time / CALLS_PER_GRAPH for name, time in times.items()}
 
 
 def _capture(call: Call, device: torch.device) -> torch.cuda.CUDAGraph:
@@ -97,7 +101,8 @@ def _capture(call: Call, device: torch.device) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     with torch.cuda.graph(graph):
-        call()
+        for _ in range(CALLS_PER_GRAPH):
+            call()
     return graph
 
 

@@ -208,10 +208,10 @@ def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index:
     layout = launch.row_layout(target.shape, target.stride())
     (strides,) = layout.strides
     n_samples = layout.n_groups * layout.n_rows
-    n_programs, steps = launch.totals_grid(n_samples)
-    totals = target.new_empty((len(layout.offsets), 2, n_programs), dtype=dtype)
+    grid = launch.totals_grid(n_samples)
+    totals = target.new_empty((len(layout.offsets), 2, grid.n_programs), dtype=dtype)
     for part, (target_at,) in zip(totals, layout.offsets, strict=True):
-        kernels.totals_kernel[(n_programs,)](
+        kernels.totals_kernel[(grid.n_programs,)](
             _from(target, target_at),
             weight,
             part,
@@ -221,8 +221,9 @@ def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index:
             n_classes,
             *strides,
             ONE_GROUP=layout.n_groups == 1,
-            STEPS=steps,
-            BLOCK_ROWS=launch.TOTALS_BLOCK_ROWS,
+            STEPS=grid.steps,
+            BLOCK_ROWS=grid.block_rows,
+            num_warps=grid.num_warps,
             **COMPILER_OPTIONS,
         )
     return totals[0] if len(totals) == 1 else totals.sum(0)

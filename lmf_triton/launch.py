@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 # Warps of a program with several rows: fewer would not fill a multiprocessor with so small programs.
 MIN_SHARED_WARPS = 4
@@ -38,8 +39,10 @@ MAX_SINGLE_PROGRAM_TILE = 2048
 ELEMENTWISE_TILE = 4096
 # Multiprocessors of the device for which launches are chosen where there is none: compiled and interpreted kernels.
 H100_MULTIPROCESSORS = 132
-# Samples of one step of the pass over the targets, and the most programs that share the pass.
-TOTALS_BLOCK_ROWS = 1024
+# Samples of one step of the pass over the targets, 8 or 16 a thread, and the most programs that share the pass. A step
+# waits for memory once; from MANY_SAMPLES on the steps are larger, so that there are few of them.
+TOTALS_BLOCK_ROWS, MANY_TOTALS_BLOCK_ROWS = 1024, 8192
+MANY_SAMPLES = 2**19
 MAX_TOTALS_PROGRAMS = 128
 # Programs of the upstream kernel, some 16 a multiprocessor: enough to fill the device, few enough that nothing is lost
 # on them where the upstream gradient is 1, as nearly always.
@@ -166,11 +169,22 @@ def alignment(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
-def totals_grid(n_samples: int) -> tuple[int, int]:
-    """Programs of ``totals_kernel`` and blocks of samples for each: powers of two, so that few variants compile."""
-    blocks = _next_power_of_2(_cdiv(n_samples, TOTALS_BLOCK_ROWS))
+class TotalsGrid(NamedTuple):
+    """Programs of ``totals_kernel``, steps of each, samples of a step, and warps."""
+
+    n_programs: int
+    steps: int
+    block_rows: int
+    num_warps: int
+
+
+@lru_cache(maxsize=4096)
+def totals_grid(n_samples: int) -> TotalsGrid:
+    """The pass over the targets; programs and steps are powers of two, so that few variants compile."""
+    block_rows, num_warps = (MANY_TOTALS_BLOCK_ROWS, 16) if n_samples >= MANY_SAMPLES else (TOTALS_BLOCK_ROWS, 4)
+    blocks = _next_power_of_2(_cdiv(n_samples, block_rows))
     n_programs = min(blocks, MAX_TOTALS_PROGRAMS)
-    return n_programs, blocks // n_programs
+    return TotalsGrid(n_programs, blocks // n_programs, block_rows, num_warps)
 
 
 def upstream_grid(n_tiles: int) -> tuple[int, int]:

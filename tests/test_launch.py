@@ -119,10 +119,11 @@ def test_alignment(sizes, expected):
 
 @pytest.mark.parametrize("n_samples", [1, 1024, 1025, 10**6, 2**22, 10**9])
 def test_totals_grid_covers_all_samples(n_samples):
-    n_programs, steps = launch.totals_grid(n_samples)
-    assert n_programs * steps * launch.TOTALS_BLOCK_ROWS >= n_samples
-    assert n_programs <= launch.MAX_TOTALS_PROGRAMS
-    assert n_programs & (n_programs - 1) == steps & (steps - 1) == 0
+    grid = launch.totals_grid(n_samples)
+    assert grid.n_programs * grid.steps * grid.block_rows >= n_samples
+    assert grid.n_programs <= launch.MAX_TOTALS_PROGRAMS
+    assert grid.n_programs & (grid.n_programs - 1) == grid.steps & (grid.steps - 1) == 0
+    assert grid.block_rows <= 16 * 32 * grid.num_warps
 
 
 @pytest.mark.parametrize("n_tiles", [1, 2048, 2049, 5000, 10**6])
