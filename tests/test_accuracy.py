@@ -4,6 +4,8 @@ import pytest
 import torch
 from oracle import assert_accurate, class_weights, evaluate, make_case
 
+from lmf_triton import launch, lmf_loss
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
 
@@ -72,17 +74,19 @@ def test_long_rows(device, n_classes, dtype, scale):
     assert_accurate(case, loss, grad, roundings=2)
 
 
-def test_many_samples_share_their_denominators(device):
-    """More samples than one step of the pass over the targets: its programs' parts add up."""
+@pytest.mark.parametrize("max_programs", [128, 2])
+def test_many_samples_share_their_denominators(device, max_programs, monkeypatch):
+    """More samples than one step of the pass over the targets: its programs' parts, and their steps, add up."""
+    monkeypatch.setattr(launch, "MAX_TOTALS_PROGRAMS", max_programs)
+    launch.totals_grid.cache_clear()
     case = make_case((5000, 3), torch.float32, weight=class_weights(3), reduction="mean_per_term").to(device)
     loss, grad = evaluate(case)
+    launch.totals_grid.cache_clear()
     assert_accurate(case, loss, grad, roundings=2)
 
 
 def test_forward_alone_equals_forward_with_gradient(device):
     """Without a gradient nothing is written but the loss, and it is the same to the last bit."""
-    from lmf_triton import lmf_loss
-
     case = make_case((21, 19), torch.float32).to(device)
     loss, _ = evaluate(case)
     assert not case.logits.requires_grad
