@@ -505,9 +505,20 @@ def test_a_frozen_network_is_standardised_by_the_training_part_and_explained_on_
     whole = model.on_images(network, None)
     torch.testing.assert_close(whole(torch.from_numpy(image)[None]), network(inputs[7:8]))
     found = report.grad_cam(whole, image, 2)
-    assert np.array(found["map"]).shape == (26, 26)
-    assert np.array(found["map"]).min() >= 0
     assert sum(found["probabilities"]) == pytest.approx(1, abs=1e-4)
+    expected = grad_cam_by_hand(whole, torch.from_numpy(image)[None], 2)
+    assert expected.max() > 0
+    np.testing.assert_allclose(found["map"], expected, rtol=1e-4, atol=1e-7)
+
+
+def grad_cam_by_hand(network, images, label):
+    """Feature maps weighted by the mean gradient of the class's log-probability, where the sum is positive."""
+    kept = []
+    handle = network[0].maps.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    log_probabilities = network(images).log_softmax(1)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(log_probabilities[0, label], kept[0])
+    return (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1)[0].clamp_min(0).detach().numpy()
 
 
 def test_normalised_head_gives_scaled_cosines():

@@ -213,15 +213,18 @@ def _draw_matrix(axes: Axes, percentages: np.ndarray, class_names: Sequence[str]
 
 
 def grad_cam(network: nn.Module, image: np.ndarray, label: int) -> dict[str, list]:
-    """Where in an image the network sees this class: Grad-CAM of the encoder's feature maps, and all probabilities.
+    """Where an image speaks for this class and against the others: Grad-CAM, and all probabilities.
+
+    It is that of the class's log-probability in the encoder's feature maps. Of the logit alone, as in the method's
+    paper, it is empty for nearly every image of a rare class, whose logit is negative.
 
     Args:
         network: from images to logits, its encoder first; see ``Model.on_images``.
         image: uint8, ``(1 or 3, H, W)``.
     """
-    network.eval()
+    with_log_softmax = nn.Sequential(network, nn.LogSoftmax(1)).eval()
     batch = torch.from_numpy(image)[None].to(next(network.parameters()).device)
-    heat = LayerGradCam(network, network[0].maps).attribute(batch, target=label, relu_attributions=True)
+    heat = LayerGradCam(with_log_softmax, network[0].maps).attribute(batch, target=label, relu_attributions=True)
     with torch.no_grad():
         probabilities = network(batch).softmax(1)
     return {"map": _rounded(heat[0, 0]), "probabilities": _rounded(probabilities[0])}
@@ -270,7 +273,7 @@ def plot_grad_cams(
             axes.imshow(heat, cmap="inferno", alpha=0.55, vmin=0)
         best = int(np.argmax(result["probabilities"]))
         axes.set_title(f"{loss}\n{class_names[best]}: {100 * result['probabilities'][best]:.0f} %", fontsize=9)
-    figure.suptitle("Grad-CAM of the class (none: nothing speaks for it); below each loss its prediction", fontsize=10)
+    figure.suptitle("Grad-CAM of the class's log-probability; below each loss its prediction", fontsize=10)
     figure.supxlabel(f"image: {origin}", fontsize=7)
     _save(figure, path)
 
