@@ -28,12 +28,13 @@ if hypothesis is not None:
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["triton", "cpu"])
+@pytest.fixture(params=["triton", "cpu", "cpu, softmax"])
 def device(request, monkeypatch) -> torch.device:
-    """The device of the test's tensors. The test runs through the Triton kernels and through the CPU path."""
+    """The device of the test's tensors. The test runs through the Triton kernels and both ways of the CPU path."""
     if request.param == "triton":
         return torch.device("cuda" if HAS_GPU else "cpu")
     monkeypatch.setattr(functional, "_backend", lambda logits: cpu)
+    monkeypatch.setattr(cpu, "SOFTMAX_CLASSES", 1 if request.param == "cpu, softmax" else 2**31)
     return torch.device("cpu")
 
 
