@@ -1,1 +1,7 @@
 """The paper's experiment: does LMF beat cross-entropy, focal loss and LDAM on imbalanced images?"""
+
+from importlib.util import find_spec
+
+_absent = [name for name in ("captum", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm") if not find_spec(name)]
+if _absent:
+    raise ImportError(f"benchmarks.accuracy needs {', '.join(_absent)}: pip install -e '.[accuracy]'")
