@@ -28,10 +28,10 @@ STRIDED_TILE = 4096
 MAX_STRIDED_TILE = 16384
 MIN_STRIDED_ROWS = 16
 MAX_STRIDED_ROWS = 512
-# Tile of one step of a loop over classes: the widest that triton 3.6 and 3.9 compile without spilling more than one
-# value. Wide, so that few rows are under way at a time, since what they take of the L2 cache decides how much of the
-# second reading comes from there: one or two programs of 8 warps on each of 132 multiprocessors are 17 to 34 MiB of
-# rows of 64K bfloat16 logits.
+# Tile of one step of a loop over classes: the widest that triton 3.6 and 3.9 compile without spilling. Wide, so that
+# few rows are under way at a time, since what they take of the L2 cache decides how much of the second reading comes
+# from there: one or two programs of 8 warps on each of 132 multiprocessors are 17 to 34 MiB of rows of 64K bfloat16
+# logits.
 LOOP_TILE = 8192
 # A batch whose tile is at most this big, 16 elements a thread of 4 warps, is one program: its means need no pass over
 # the targets beforehand.

@@ -18,9 +18,7 @@ from lmf_triton import cpu, functional  # noqa: E402
 
 # The same draws in every run; `pytest --hypothesis-profile=long` draws new ones, for half an hour.
 if hypothesis is not None:
-    # On a GPU nearly every draw compiles kernels of its own.
-    draws = 25 if HAS_GPU else 150
-    hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=draws, deadline=None)
+    hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=150, deadline=None)
     hypothesis.settings.register_profile("long", max_examples=5_000, deadline=None)
     hypothesis.settings.load_profile("fixed")
 

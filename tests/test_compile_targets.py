@@ -129,11 +129,10 @@ def test_number_of_launches(reports, problem, dtype, kernels):
 
 
 def test_nothing_spills(reports):
-    """But for a few values in the longest tile, and one in a loop, where newer compilers keep to 128 registers."""
+    """But for a few bytes in the longest tile, where newer compilers do not fit 64 elements into 128 registers."""
     for r in of_nvidia(reports):
         is_longest = r["kernel"] == "forward_kernel" and r["arguments"]["BLOCK_CLASSES"] == 32768
-        is_loop = r["arguments"].get("CLASS_BLOCKS", 1) > 1
-        assert r["stack"] <= (64 if is_longest else 8 if is_loop else 0), r
+        assert r["stack"] <= (64 if is_longest else 0), r
 
 
 def test_no_float64_arithmetic_for_smaller_logits(reports):
