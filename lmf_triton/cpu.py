@@ -4,6 +4,7 @@ gpu.py is its counterpart with the same three functions.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,18 @@ from torch import Tensor
 from .options import LossOptions, arithmetic_dtype
 
 # Logits are worked through in pieces of about this many elements, which bounds the memory for widened half logits. On
-# two cores of an AMD EPYC (torch 2.15) this is the best of 2^17 to 2^22: smaller pieces lose more to the overhead of
-# small operations than they gain in the caches.
-CHUNK_ELEMENTS = 1 << 21
+# two cores of an AMD EPYC (torch 2.15) smaller pieces lose more to the overhead of small operations than they gain in
+# the caches, and larger ones gain nothing.
+CHUNK_ELEMENTS = 1 << 22
 
-# From this many classes on, and where the class axis is strided, PyTorch's softmax is faster than its parts one by one:
-# on the same machine by a quarter at 32 and 1000 classes, while at 8 it takes three times as long.
+# Within these bounds no exponential that matters is near float32's smallest, and the odds with margins are finite.
+MIN_ODDS, MAX_MARGIN = 1e-30, 16
+
+# From this many classes on, where they lie side by side, PyTorch's softmax is faster than its parts one by one: on the
+# same machine by a fifth at 1000 classes, while at 8 it takes five times as long.
 SOFTMAX_CLASSES = 32
+
+LOG2_E = math.log2(math.e)  # PyTorch takes exp2 in a third of exp's time, or less
 
 BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in kernels.py
 
@@ -51,7 +57,7 @@ def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     """``upstream * grad``, rounded once; in place, nothing is done when every upstream gradient is exactly 1."""
     if upstream.ndim > 0:
         upstream = upstream.unsqueeze(1)
-    if in_place and bool((upstream == 1).all()):
+    if in_place and (float(upstream) == 1 if upstream.ndim == 0 else bool((upstream == 1).all())):
         return grad
     scaled = grad.to(upstream.dtype) * upstream
     if not bool(upstream.isfinite().all()):
@@ -71,42 +77,76 @@ def _evaluate(
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
     dtype = arithmetic_dtype(logits)
     classes = target.long()
-    ignored = classes == options.ignore_index  # in int64: uint8 has no -100, and would compare it as 156
-    ignored = ignored if bool(ignored.any()) else None
+    low, high = target_range(classes, logits.shape[min(logits.ndim - 1, 1)], options.ignore_index)
+    ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
-    weights = None if weight is None else _scale_rows(weight.to(dtype)[classes], ignored)
-    margin = None if margins is None else margins.to(dtype)[classes]
-    ldam_total, focal_total = _totals(options, target.numel(), ignored, weights)
+    weights = None if weight is None else _scale_rows(weight.to(dtype).take(classes), ignored)
+    alpha, beta = _coefficients(options, target.numel(), ignored, weights)
+    margins = None if margins is None else margins.to(dtype)
+    terms = _Terms(options, alpha, beta, margins, _odds_are_bounded(options, margins))
 
     upstream = None if upstream is None else upstream.expand(target.shape)
-    tensors = logits, grad, classes, ignored, weights, margin, upstream
+    tensors = logits, grad, classes, ignored, weights, upstream
     if logits.ndim == 1:
         tensors = (t if t is None else t.unsqueeze(0) for t in tensors)
-    terms = [_evaluate_chunk(*chunk, options, ldam_total, focal_total) for chunk in _chunks(*tensors)]
+    losses = [_evaluate_chunk(*chunk, terms) for chunk in _chunks(*tensors)]
 
     if options.reduction == "none":
-        losses = [sum(term for term in chunk if term is not None) for chunk in terms]
         return torch.cat(losses).view(target.shape)
-    # A float64 sum costs nothing here. A term whose coefficient is 0 has no say, not even by a denominator of 0.
-    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for ldam, focal in terms:
-        for term, total in (ldam, ldam_total), (focal, focal_total):
-            if term is not None:
-                loss += term.sum(dtype=torch.float64) / total
-    return loss.to(dtype)
+    if math.isnan(alpha + beta):
+        return torch.full((), math.nan, dtype=dtype, device=logits.device)
+    return sum(loss.sum(dtype=torch.float64) for loss in losses).to(dtype)  # float64 costs nothing here
 
 
-def _totals(
+def target_range(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:
+    """Smallest and largest target; an IndexError names the first that is neither a class nor ``ignore_index``."""
+    if target.numel() == 0:
+        return 0, 0
+    wide = target.long()  # uint8 has no -100, and would compare it as 156
+    low, high = (int(bound) for bound in wide.aminmax())
+    if low < 0 or high >= n_classes:
+        wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
+        if bool(wrong.any()):
+            index = wrong.nonzero()[0].tolist()
+            raise IndexError(
+                f"target must be in [0, {n_classes}) or ignore_index={ignore_index}, "
+                f"got {int(wide[tuple(index)])} at index {index}"
+            )
+    return low, high
+
+
+def _coefficients(
     options: LossOptions, n_samples: int, ignored: Tensor | None, weights: Tensor | None
 ) -> tuple[float, float]:
-    """The denominators of the two terms: 1 for sums, NaN where there is nothing to divide by."""
+    """Alpha and beta, each over the denominator of its term: NaN where there is nothing to divide by."""
     if not options.is_mean:
-        return 1.0, 1.0
+        return options.alpha, options.beta
     count = n_samples if ignored is None else n_samples - int(ignored.sum())
     weight_total = count if weights is None else float(weights.sum(dtype=torch.float64))
     focal_total = count if options.reduction == "mean_per_term" else weight_total
-    return weight_total or math.nan, focal_total or math.nan
+    # A term whose coefficient is 0 has no say, not even by a denominator of 0.
+    alpha = options.alpha / (weight_total or math.nan) if options.has_ldam else 0.0
+    beta = options.beta / (focal_total or math.nan) if options.has_focal else 0.0
+    return alpha, beta
+
+
+class _Terms(NamedTuple):
+    """The two terms of the loss, the same for all samples."""
+
+    options: LossOptions
+    alpha: float  # this and beta over their denominators
+    beta: float
+    margins: Tensor | None
+    odds_are_bounded: bool
+
+
+class _Part(NamedTuple):
+    """What one softmax over the classes other than the target contributes to the gradient of a few samples."""
+
+    exps: Tensor  # proportional to the probabilities, and 0 for the target
+    total: Tensor  # their sum, or 1 where there are no others
+    slope: Tensor  # of the loss in their logsumexp; minus this is the target's gradient
 
 
 def _evaluate_chunk(
@@ -115,72 +155,116 @@ def _evaluate_chunk(
     classes: Tensor,
     ignored: Tensor | None,
     weights: Tensor | None,
-    margin: Tensor | None,
     upstream: Tensor | None,
-    options: LossOptions,
-    ldam_total: float,
-    focal_total: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The two weighted terms of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
+    terms: _Terms,
+) -> Tensor:
+    """The losses of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
     dtype = arithmetic_dtype(logits)
-    has_ldam, has_focal, unit_scale = options.has_ldam, options.has_focal, options.scale == 1
-    index = classes.unsqueeze(1)
-
-    # Row statistics: m, the largest of the other logits, and the sums of their exponentials relative to m. A gradient
-    # of the arithmetic type is the work space of its own computation.
+    # A gradient of the arithmetic type is the work space of its own computation.
     work_space = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
-    gaps = work_space.copy_(logits).scatter_(1, index, -torch.inf)
-    m = gaps.amax(1)
-    plain_sum = scaled_sum = None
-    plain_is_normalised = not options.needs_scaled and (gaps.shape[1] >= SOFTMAX_CLASSES or gaps.stride(1) != 1)
-    if plain_is_normalised:
-        plain, plain_sum = _softmax_(gaps, m)
-        m.clamp_min_(torch.finfo(dtype).min)
-    else:
-        m.clamp_min_(torch.finfo(dtype).min)  # finite also where there are no others, or all are at -inf
-        gaps.sub_(m.unsqueeze(1))
-        if options.needs_scaled:
-            scaled = (gaps.mul if has_focal else gaps.mul_)(options.scale).exp_()
-            scaled_sum = scaled.sum(1)
-        if options.needs_plain:
-            plain = gaps.exp_()
-            plain_sum = plain.sum(1)
-
-    # The two terms, and their slopes in the gap between the others and the target. An infinite x_y has no softmax.
-    x_y = logits.gather(1, index).squeeze(1).to(dtype)
-    gap = m.sub_(x_y).masked_fill_(x_y == torch.inf, torch.nan)
-    u = None if plain_sum is None else gap + plain_sum.log()
-    ldam = focal = plain_slope = scaled_slope = None
-    if has_ldam:
-        v = u if unit_scale else scaled_sum.log().add_(gap, alpha=options.scale)
-        v = v if margin is None else v.add(margin, alpha=options.scale)
-        ldam = _scale_rows(_softplus(v).mul_(options.alpha), ignored, weights)
-        slope = v.sigmoid().mul_(options.alpha * options.scale / ldam_total)
-        plain_slope, scaled_slope = (slope, None) if unit_scale else (None, slope)
-    if has_focal:
-        value, slope = _focal(u, options.gamma)
-        focal = _scale_rows(value.mul_(options.beta), ignored, weights)
-        slope.mul_(options.beta / focal_total)
-        plain_slope = slope if plain_slope is None else plain_slope.add_(slope)
+    evaluate = _evaluate_by_odds if terms.odds_are_bounded and logits.numel() > 0 else _evaluate_by_gaps
+    loss, parts = evaluate(logits, classes, terms, work_space)
+    _scale_rows(loss, ignored, weights)
     if grad is None:
-        return ldam, focal
-
+        return loss
     result = target_grad = None
-    if plain_slope is not None:
-        _scale_rows(plain_slope, ignored, weights, upstream)
-        coefficient = plain_slope.unsqueeze(1) if plain_is_normalised else _coefficient(plain_slope, plain_sum)
-        result, target_grad = plain.mul_(coefficient), plain_slope.neg()
-    if scaled_slope is not None:
-        _scale_rows(scaled_slope, ignored, weights, upstream)
-        part = scaled.mul_(_coefficient(scaled_slope, scaled_sum))
+    for exps, total, slope in parts:
+        _scale_rows(slope, ignored, weights, upstream)
+        part = exps.mul_((slope / total).unsqueeze(1))
         result = part if result is None else result.add_(part)
-        target_grad = scaled_slope.neg() if target_grad is None else target_grad.sub_(scaled_slope)
-    result.scatter_(1, index, target_grad.unsqueeze(1))
+        target_grad = slope.neg() if target_grad is None else target_grad.sub_(slope)
+    result.scatter_(1, classes.unsqueeze(1), target_grad.unsqueeze(1))
     if ignored is not None:
         result.masked_fill_(ignored.unsqueeze(1), 0)
     if result is not grad:
         grad.copy_(result)
-    return ldam, focal
+    return loss
+
+
+def _odds_are_bounded(options: LossOptions, margins: Tensor | None) -> bool:
+    """Whether the odds against the target are within float32's range for all samples but a few."""
+    if options.needs_scaled:
+        return False
+    return margins is None or max(abs(bound) for bound in torch.stack(margins.aminmax()).tolist()) <= MAX_MARGIN
+
+
+def _evaluate_by_odds(logits: Tensor, classes: Tensor, terms: _Terms, work_space: Tensor) -> tuple[Tensor, list[_Part]]:
+    """Losses, and their gradient's part, from the odds against the target: fast, where these are bounded."""
+    options, alpha, beta, margins, _ = terms
+    exps, index = _exponentials(logits, work_space), classes.unsqueeze(1)
+    of_target = exps.gather(1, index)
+    exps.scatter_(1, index, torch.zeros_like(of_target))  # PyTorch is twice as slow with a number in a tensor's place
+    total = exps.sum(1)
+    odds = total / of_target.squeeze(1)
+    low, high = (float(bound) for bound in odds.aminmax())
+    is_extreme = None
+    if not (low >= MIN_ODDS and high <= 1 / MIN_ODDS):
+        is_extreme = ~((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS))  # or NaN
+
+    loss = slope = None
+    if options.has_ldam:
+        ldam_odds = odds if margins is None else odds * margins.exp().take(classes)
+        loss, slope = ldam_odds.log1p().mul_(alpha), ldam_odds.div(ldam_odds + 1).mul_(alpha)
+    if options.has_focal:
+        p = (odds + 1).reciprocal_()
+        factor = odds.reciprocal().log1p_().mul_(-options.gamma * LOG2_E).exp2_()  # (1 - p)^gamma, by -log(1 - p)
+        focal_slope, nll = odds * p, odds.log1p_()
+        focal_slope.addcmul_(p, nll, value=options.gamma)
+        if loss is None:
+            loss, slope = nll.mul_(factor).mul_(beta), focal_slope.mul_(factor).mul_(beta)
+        else:
+            loss.addcmul_(nll, factor, value=beta)
+            slope.addcmul_(focal_slope, factor, value=beta)
+
+    if is_extreme is not None:  # the few are computed by themselves
+        rows = logits.movedim(1, -1)[is_extreme].to(exps.dtype)
+        loss[is_extreme], (part,) = _evaluate_by_gaps(rows, classes[is_extreme], terms, rows)
+        exps.movedim(1, -1)[is_extreme], total[is_extreme], slope[is_extreme] = part
+    return loss, [_Part(exps, total, slope)]
+
+
+def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
+    """e^logits, up to a factor for each sample that keeps it within bounds."""
+    logits = logits if logits.dtype == work_space.dtype else work_space.copy_(logits)
+    if logits.shape[1] >= SOFTMAX_CLASSES and logits.stride(1) == 1:
+        torch.softmax(logits.movedim(1, -1), -1, out=work_space.movedim(1, -1))
+    else:
+        torch.sub(logits, logits.amax(1, keepdim=True), out=work_space).mul_(LOG2_E).exp2_()
+    return work_space
+
+
+def _evaluate_by_gaps(logits: Tensor, classes: Tensor, terms: _Terms, work_space: Tensor) -> tuple[Tensor, list[_Part]]:
+    """Losses, and their gradient's parts, from the gaps between logits: for all options and values."""
+    options, alpha, beta, margins, _ = terms
+    has_focal, scale, index = options.has_focal, options.scale, classes.unsqueeze(1)
+    x_y = logits.gather(1, index).squeeze(1).to(work_space.dtype)
+    gaps = work_space.copy_(logits).scatter_(1, index, -torch.inf)
+    largest = gaps.amax(1).clamp_min_(torch.finfo(gaps.dtype).min)  # where there are no others, or all are at -inf
+    gaps.sub_(largest.unsqueeze(1))
+    largest_gap = largest.sub_(x_y).masked_fill_(x_y == torch.inf, torch.nan)  # an infinite x_y has no softmax
+    if options.needs_scaled:
+        scaled = (gaps.mul if has_focal else gaps.mul_)(scale * LOG2_E).exp2_()
+        scaled_sum = scaled.sum(1)
+        v = scaled_sum.log().add_(largest_gap, alpha=scale)
+    if options.needs_plain:
+        plain = gaps.mul_(LOG2_E).exp2_()
+        plain_sum = plain.sum(1)
+        u = plain_sum.log().add_(largest_gap)
+
+    # The two terms, and their slopes in the gap between the others' logsumexp and the target.
+    loss = plain_slope = scaled_slope = None
+    if options.has_ldam:
+        gap = v if options.needs_scaled else u
+        gap = gap if margins is None else gap.add(margins.take(classes), alpha=scale)
+        loss, slope = _softplus(gap).mul_(alpha), gap.sigmoid().mul_(alpha * scale)
+        plain_slope, scaled_slope = (None, slope) if options.needs_scaled else (slope, None)
+    if has_focal:
+        focal, slope = _focal(u, options.gamma)
+        loss = focal.mul_(beta) if loss is None else loss.add_(focal, alpha=beta)
+        plain_slope = slope.mul_(beta) if plain_slope is None else plain_slope.add_(slope, alpha=beta)
+    # The largest of the others has the exponential 1, so that only the sum of none is less.
+    parts = [] if plain_slope is None else [_Part(plain, plain_sum.clamp_min_(1), plain_slope)]
+    return loss, parts if scaled_slope is None else [*parts, _Part(scaled, scaled_sum.clamp_min_(1), scaled_slope)]
 
 
 def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None, ...]]:
@@ -198,25 +282,6 @@ def _scale_rows(per_sample: Tensor, ignored: Tensor | None, *factors: Tensor | N
         if factor is not None:
             per_sample.mul_(factor)
     return per_sample if ignored is None else per_sample.masked_fill_(ignored, 0)
-
-
-def _softmax_(others: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """In place: softmax over the classes, and the sums of exponentials relative to the largest, m, that it implies.
-
-    The largest has the probability 1 / sum. Where all others are at -inf, both are 0.
-    """
-    torch.softmax(others, 1, out=others)
-    total = others.amax(1).reciprocal_()
-    no_others = m == -torch.inf
-    if bool(no_others.any()):
-        others.masked_fill_(no_others.unsqueeze(1), 0)
-        total.masked_fill_(no_others, 0)
-    return others, total
-
-
-def _coefficient(slope: Tensor, total: Tensor) -> Tensor:
-    """What multiplies the exponentials. Their sum is at least 1, that of the largest, unless there are no others."""
-    return (slope / total.clamp_min(1)).unsqueeze(1)
 
 
 def _softplus(z: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ def lmf_loss(
     if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
     backend = _backend(logits)
-    if check_target or backend is cpu:
-        _check_target_range(target, logits.shape[min(logits.ndim - 1, 1)], ignore_index)
+    if check_target and backend is not cpu:  # which always does
+        cpu.target_range(target, logits.shape[min(logits.ndim - 1, 1)], ignore_index)
 
     if not (logits.requires_grad and torch.is_grad_enabled()):
         loss, _, _ = backend.forward(logits, target, margins, weight, options, with_grad=False, with_saved=False)
@@ -176,23 +176,6 @@ def check_per_class(name: str, per_class: Tensor | None, n_classes: int | None) 
         raise ValueError(f"{name} must have one value a class, shape {expected}, got {tuple(per_class.shape)}")
     if per_class.requires_grad:
         raise ValueError(f"{name} has no gradient in this loss, got a tensor with requires_grad=True")
-
-
-def _check_target_range(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    """Raise an IndexError that names the first target that is neither a class nor ``ignore_index``."""
-    if target.numel() == 0:
-        return
-    wide = target.long()  # uint8 has no -100, and would compare it as 156
-    low, high = (int(bound) for bound in wide.aminmax())
-    if low >= 0 and high < n_classes:
-        return
-    wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
-    if bool(wrong.any()):
-        index = wrong.nonzero()[0].tolist()
-        value = int(wide[tuple(index)])
-        raise IndexError(
-            f"target must be in [0, {n_classes}) or ignore_index={ignore_index}, got {value} at index {index}"
-        )
 
 
 def _backend(logits: Tensor) -> ModuleType:

@@ -1,10 +1,12 @@
 """Promise: infinities, NaN and the extremes of a dtype follow F.cross_entropy, and stay in their own sample."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import Case, assert_accurate, evaluate, make_case
 
 from lmf_triton import lmf_loss
 
@@ -84,6 +86,43 @@ def test_nan_and_inf_spoil_their_own_sample_only(device, options, row, reduction
     assert expected.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 0.0}, {"beta": 0.0}, {"weight": torch.linspace(0.5, 2, 40)}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(24, 40), (2, 40, 3, 4)], ids=str)
+def test_samples_with_large_gaps_are_exact_and_leave_the_others_their_bits(device, options, dtype, shape):
+    """Gaps beyond 69 (odds of 1e30) of either sign, and beyond the exponents of float32, in every other sample."""
+    ordinary = make_case(shape, dtype, reduction="none", **options).to(device)
+    is_extreme = (torch.arange(ordinary.target.numel(), device=device) % 2 == 0).view(ordinary.target.shape)
+    factor = torch.where(is_extreme, torch.linspace(1, 80, 24, device=device).view(is_extreme.shape), 1.0)
+    mixed = replace(ordinary, logits=(ordinary.logits * factor.unsqueeze(1)).to(dtype))
+    (loss, grad), (ordinary_loss, ordinary_grad) = evaluate(mixed), evaluate(ordinary)
+
+    is_extreme = is_extreme.cpu()
+    grad, ordinary_grad = grad.movedim(1, -1), ordinary_grad.movedim(1, -1)
+    assert torch.equal(loss[~is_extreme], ordinary_loss[~is_extreme])
+    assert torch.equal(grad[~is_extreme], ordinary_grad[~is_extreme])
+    mixed = mixed.to(torch.device("cpu"))
+    extreme = Case(
+        mixed.logits.movedim(1, -1)[is_extreme],
+        mixed.target[is_extreme],
+        mixed.margins,
+        mixed.upstream[is_extreme],
+        mixed.options,
+    )
+    assert_accurate(extreme, loss[is_extreme], grad[is_extreme])
+
+
+@pytest.mark.parametrize("margin", [-100.0, -17.0, 17.0, 100.0])
+def test_large_margins(device, margin):
+    """Their exponentials are beyond float32's range, or nearly so."""
+    case = replace(make_case((24, 40), torch.float32, reduction="none"), margins=torch.linspace(0, margin, 40)).to(
+        device
+    )
+    assert_accurate(case, *evaluate(case))
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
 @pytest.mark.parametrize("grad_in_forward", [True, False])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -102,6 +141,14 @@ def test_everything_ignored(device, reduction):
     """As F.cross_entropy: a mean over nothing is NaN, its gradient 0."""
     loss, grad = loss_and_grad([[0.5, 1.0], [2.0, 1.0]], [-100, -100], device, reduction=reduction)
     assert loss.isnan().all() if reduction.startswith("mean") else (loss == 0).all()
+    assert (grad == 0).all()
+
+
+def test_a_term_without_a_coefficient_does_not_divide_by_its_denominator(device):
+    """The weights, of which LDAM's denominator is the sum, are all 0; the focal term is divided by the count."""
+    weight = torch.zeros(3, device=device)
+    loss, grad = loss_and_grad([[1.0, 2.0, 3.0]], [0], device, reduction="mean_per_term", alpha=0.0, weight=weight)
+    assert loss.item() == 0
     assert (grad == 0).all()
 
 
