@@ -17,8 +17,10 @@ from .options import LossOptions, arithmetic_dtype
 # the caches, and larger ones gain nothing.
 CHUNK_ELEMENTS = 1 << 22
 
-# Within these bounds no exponential that matters is near float32's smallest, and the odds with margins are finite.
-MIN_ODDS, MAX_MARGIN = 1e-30, 16
+# Odds against the target from this to its reciprocal are computed from exponentials, of which none that matters is
+# then near float32's smallest. Margins of this size at most leave them finite.
+MIN_ODDS = 1e-30
+MAX_MARGIN = 16
 
 # From this many classes on, where they lie side by side, PyTorch's softmax is faster than its parts one by one: on the
 # same machine by a fifth at 1000 classes, while at 8 it takes five times as long.
@@ -81,22 +83,28 @@ def _evaluate(
     ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
-    weights = None if weight is None else _scale_rows(weight.to(dtype).take(classes), ignored)
-    alpha, beta = _coefficients(options, target.numel(), ignored, weights)
-    margins = None if margins is None else margins.to(dtype)
-    terms = _Terms(options, alpha, beta, margins, _odds_are_bounded(options, margins))
+    margins, weight = (t if t is None else t.to(dtype) for t in (margins, weight))
+    weights = None if weight is None else _scale_rows(weight.take(classes), ignored)
+    totals = _totals(options, target.numel(), ignored, weights)
+    settings = _Settings(options, totals, margins, _odds_may_be_used(options, margins), with_grad=grad is not None)
 
     upstream = None if upstream is None else upstream.expand(target.shape)
     tensors = logits, grad, classes, ignored, weights, upstream
     if logits.ndim == 1:
         tensors = (t if t is None else t.unsqueeze(0) for t in tensors)
-    losses = [_evaluate_chunk(*chunk, terms) for chunk in _chunks(*tensors)]
+    chunks = [_evaluate_chunk(*chunk, settings) for chunk in _chunks(*tensors)]
 
+    coefficients = options.alpha, options.beta
     if options.reduction == "none":
+        losses = [
+            sum(c * term for c, term in zip(coefficients, terms, strict=True) if term is not None) for terms in chunks
+        ]
         return torch.cat(losses).view(target.shape)
-    if math.isnan(alpha + beta):
-        return torch.full((), math.nan, dtype=dtype, device=logits.device)
-    return sum(loss.sum(dtype=torch.float64) for loss in losses).to(dtype)  # float64 costs nothing here
+    loss = 0.0  # in float64, which costs nothing here
+    for coefficient, total, *terms in zip(coefficients, totals, *chunks, strict=True):
+        if coefficient != 0:  # otherwise it has no say, not even by a denominator of 0
+            loss += coefficient * sum(float(term.sum(dtype=torch.float64)) for term in terms) / total
+    return torch.tensor(loss, dtype=dtype, device=logits.device)
 
 
 def target_range(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:
@@ -116,37 +124,41 @@ def target_range(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int
     return low, high
 
 
-def _coefficients(
+def _totals(
     options: LossOptions, n_samples: int, ignored: Tensor | None, weights: Tensor | None
 ) -> tuple[float, float]:
-    """Alpha and beta, each over the denominator of its term: NaN where there is nothing to divide by."""
+    """The denominators of the two terms: 1 for sums, NaN where there is nothing to divide by."""
     if not options.is_mean:
-        return options.alpha, options.beta
+        return 1.0, 1.0
     count = n_samples if ignored is None else n_samples - int(ignored.sum())
     weight_total = count if weights is None else float(weights.sum(dtype=torch.float64))
     focal_total = count if options.reduction == "mean_per_term" else weight_total
-    # A term whose coefficient is 0 has no say, not even by a denominator of 0.
-    alpha = options.alpha / (weight_total or math.nan) if options.has_ldam else 0.0
-    beta = options.beta / (focal_total or math.nan) if options.has_focal else 0.0
-    return alpha, beta
+    return weight_total or math.nan, focal_total or math.nan
 
 
-class _Terms(NamedTuple):
-    """The two terms of the loss, the same for all samples."""
+class _Settings(NamedTuple):
+    """What is the same for all samples."""
 
     options: LossOptions
-    alpha: float  # this and beta over their denominators
-    beta: float
+    totals: tuple[float, float]
     margins: Tensor | None
-    odds_are_bounded: bool
+    use_odds: bool
+    with_grad: bool
 
 
-class _Part(NamedTuple):
-    """What one softmax over the classes other than the target contributes to the gradient of a few samples."""
+class _Others(NamedTuple):
+    """The softmax over the classes other than the target. Only the ratio of the two counts."""
 
     exps: Tensor  # proportional to the probabilities, and 0 for the target
     total: Tensor  # their sum, or 1 where there are no others
-    slope: Tensor  # of the loss in their logsumexp; minus this is the target's gradient
+
+
+class _Term(NamedTuple):
+    """LDAM or focal loss of some samples, without coefficient, weights and denominator."""
+
+    loss: Tensor
+    slope: Tensor | None  # its derivative in the others' logsumexp, and minus that in the target's logit
+    others: _Others
 
 
 def _evaluate_chunk(
@@ -156,20 +168,35 @@ def _evaluate_chunk(
     ignored: Tensor | None,
     weights: Tensor | None,
     upstream: Tensor | None,
-    terms: _Terms,
-) -> Tensor:
-    """The losses of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
-    dtype = arithmetic_dtype(logits)
+    settings: _Settings,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The two weighted terms of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
+    dtype, options = arithmetic_dtype(logits), settings.options
     # A gradient of the arithmetic type is the work space of its own computation.
     work_space = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
-    evaluate = _evaluate_by_odds if terms.odds_are_bounded and logits.numel() > 0 else _evaluate_by_gaps
-    loss, parts = evaluate(logits, classes, terms, work_space)
-    _scale_rows(loss, ignored, weights)
+    evaluate = _evaluate_by_odds if settings.use_odds and logits.numel() > 0 else _evaluate_by_gaps
+    terms = evaluate(logits, classes, settings, work_space)
+    losses = tuple(term if term is None else _scale_rows(term.loss, ignored, weights) for term in terms)
     if grad is None:
-        return loss
+        return losses
+
+    parts: list[tuple[_Others, Tensor]] = []  # terms that share their exponentials are one
+    coefficients = options.alpha * options.scale, options.beta
+    for term, coefficient, total in zip(terms, coefficients, settings.totals, strict=True):
+        if term is None:
+            continue
+        if weights is None:
+            slope = term.slope.mul_(coefficient / total)
+        else:
+            slope = term.slope.mul_(coefficient).mul_(weights).div_(total)
+        if parts and parts[0][0] is term.others:
+            parts[0][1].add_(slope)
+        else:
+            parts.append((term.others, slope))
+
     result = target_grad = None
-    for exps, total, slope in parts:
-        _scale_rows(slope, ignored, weights, upstream)
+    for (exps, total), slope in parts:
+        _scale_rows(slope, ignored, upstream)
         part = exps.mul_((slope / total).unsqueeze(1))
         result = part if result is None else result.add_(part)
         target_grad = slope.neg() if target_grad is None else target_grad.sub_(slope)
@@ -178,49 +205,54 @@ def _evaluate_chunk(
         result.masked_fill_(ignored.unsqueeze(1), 0)
     if result is not grad:
         grad.copy_(result)
-    return loss
+    return losses
 
 
-def _odds_are_bounded(options: LossOptions, margins: Tensor | None) -> bool:
-    """Whether the odds against the target are within float32's range for all samples but a few."""
-    if options.needs_scaled:
-        return False
-    return margins is None or max(abs(bound) for bound in torch.stack(margins.aminmax()).tolist()) <= MAX_MARGIN
+def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
+    """Whether scale and margins leave the odds against the target within bounds for all but a few samples."""
+    return not options.needs_scaled and (margins is None or float(margins.abs().max()) <= MAX_MARGIN)
 
 
-def _evaluate_by_odds(logits: Tensor, classes: Tensor, terms: _Terms, work_space: Tensor) -> tuple[Tensor, list[_Part]]:
-    """Losses, and their gradient's part, from the odds against the target: fast, where these are bounded."""
-    options, alpha, beta, margins, _ = terms
+def _evaluate_by_odds(
+    logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor
+) -> tuple[_Term | None, _Term | None]:
+    """LDAM and focal loss, as far as needed, from the odds against the target: e^u of the gap u, without logarithm."""
+    options, _, margins, _, with_grad = settings
     exps, index = _exponentials(logits, work_space), classes.unsqueeze(1)
     of_target = exps.gather(1, index)
     exps.scatter_(1, index, torch.zeros_like(of_target))  # PyTorch is twice as slow with a number in a tensor's place
-    total = exps.sum(1)
-    odds = total / of_target.squeeze(1)
-    low, high = (float(bound) for bound in odds.aminmax())
+    others = _Others(exps, exps.sum(1))
+    odds = others.total / of_target.squeeze(1)
+    low, high = (float(bound) for bound in odds.aminmax())  # cheaper than a mask, which is seldom needed
     is_extreme = None
     if not (low >= MIN_ODDS and high <= 1 / MIN_ODDS):
         is_extreme = ~((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS))  # or NaN
 
-    loss = slope = None
+    ldam = focal = None
     if options.has_ldam:
         ldam_odds = odds if margins is None else odds * margins.exp().take(classes)
-        loss, slope = ldam_odds.log1p().mul_(alpha), ldam_odds.div(ldam_odds + 1).mul_(alpha)
+        slope = ldam_odds / (ldam_odds + 1) if with_grad else None
+        ldam = _Term(ldam_odds.log1p(), slope, others)
     if options.has_focal:
-        p = (odds + 1).reciprocal_()
+        nll = odds.log1p()
         factor = odds.reciprocal().log1p_().mul_(-options.gamma * LOG2_E).exp2_()  # (1 - p)^gamma, by -log(1 - p)
-        focal_slope, nll = odds * p, odds.log1p_()
-        focal_slope.addcmul_(p, nll, value=options.gamma)
-        if loss is None:
-            loss, slope = nll.mul_(factor).mul_(beta), focal_slope.mul_(factor).mul_(beta)
-        else:
-            loss.addcmul_(nll, factor, value=beta)
-            slope.addcmul_(focal_slope, factor, value=beta)
+        slope = None
+        if with_grad:
+            p = (odds + 1).reciprocal_()
+            slope = (odds * p).addcmul_(p, nll, value=options.gamma).mul_(factor)
+        focal = _Term(nll.mul_(factor), slope, others)
 
-    if is_extreme is not None:  # the few are computed by themselves
+    if is_extreme is not None:
         rows = logits.movedim(1, -1)[is_extreme].to(exps.dtype)
-        loss[is_extreme], (part,) = _evaluate_by_gaps(rows, classes[is_extreme], terms, rows)
-        exps.movedim(1, -1)[is_extreme], total[is_extreme], slope[is_extreme] = part
-    return loss, [_Part(exps, total, slope)]
+        extremes = _evaluate_by_gaps(rows, classes[is_extreme], settings, rows)
+        for term, extreme in zip((ldam, focal), extremes, strict=True):
+            if term is not None:
+                term.loss[is_extreme] = extreme.loss
+                if with_grad:
+                    term.slope[is_extreme] = extreme.slope
+        if with_grad:
+            exps.movedim(1, -1)[is_extreme], others.total[is_extreme] = (extremes[0] or extremes[1]).others
+    return ldam, focal
 
 
 def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
@@ -233,38 +265,38 @@ def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
     return work_space
 
 
-def _evaluate_by_gaps(logits: Tensor, classes: Tensor, terms: _Terms, work_space: Tensor) -> tuple[Tensor, list[_Part]]:
-    """Losses, and their gradient's parts, from the gaps between logits: for all options and values."""
-    options, alpha, beta, margins, _ = terms
-    has_focal, scale, index = options.has_focal, options.scale, classes.unsqueeze(1)
+def _evaluate_by_gaps(
+    logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor
+) -> tuple[_Term | None, _Term | None]:
+    """The same from the gaps between logits: slower, but for all options and values."""
+    options, _, margins, _, with_grad = settings
+    index = classes.unsqueeze(1)
     x_y = logits.gather(1, index).squeeze(1).to(work_space.dtype)
     gaps = work_space.copy_(logits).scatter_(1, index, -torch.inf)
     largest = gaps.amax(1).clamp_min_(torch.finfo(gaps.dtype).min)  # where there are no others, or all are at -inf
     gaps.sub_(largest.unsqueeze(1))
     largest_gap = largest.sub_(x_y).masked_fill_(x_y == torch.inf, torch.nan)  # an infinite x_y has no softmax
-    if options.needs_scaled:
-        scaled = (gaps.mul if has_focal else gaps.mul_)(scale * LOG2_E).exp2_()
-        scaled_sum = scaled.sum(1)
-        v = scaled_sum.log().add_(largest_gap, alpha=scale)
-    if options.needs_plain:
-        plain = gaps.mul_(LOG2_E).exp2_()
-        plain_sum = plain.sum(1)
-        u = plain_sum.log().add_(largest_gap)
 
-    # The two terms, and their slopes in the gap between the others' logsumexp and the target.
-    loss = plain_slope = scaled_slope = None
+    def logsumexp(exps: Tensor, scale: float) -> tuple[_Others, Tensor]:
+        """The others of these exponentials, and the gap of their logsumexp to the target."""
+        total = exps.sum(1)
+        gap = total.log().add_(largest_gap, alpha=scale)
+        return _Others(exps, total.clamp_min_(1)), gap  # the largest's is 1, so that only the sum of none is less
+
+    if options.needs_scaled:
+        log2_base = min(options.scale * LOG2_E, torch.finfo(gaps.dtype).max)
+        scaled, v = logsumexp((gaps.mul if options.has_focal else gaps.mul_)(log2_base).exp2_(), options.scale)
+    if options.needs_plain:
+        plain, u = logsumexp(gaps.mul_(LOG2_E).exp2_(), 1.0)
+
+    ldam = focal = None
     if options.has_ldam:
-        gap = v if options.needs_scaled else u
-        gap = gap if margins is None else gap.add(margins.take(classes), alpha=scale)
-        loss, slope = _softplus(gap).mul_(alpha), gap.sigmoid().mul_(alpha * scale)
-        plain_slope, scaled_slope = (None, slope) if options.needs_scaled else (slope, None)
-    if has_focal:
-        focal, slope = _focal(u, options.gamma)
-        loss = focal.mul_(beta) if loss is None else loss.add_(focal, alpha=beta)
-        plain_slope = slope.mul_(beta) if plain_slope is None else plain_slope.add_(slope, alpha=beta)
-    # The largest of the others has the exponential 1, so that only the sum of none is less.
-    parts = [] if plain_slope is None else [_Part(plain, plain_sum.clamp_min_(1), plain_slope)]
-    return loss, parts if scaled_slope is None else [*parts, _Part(scaled, scaled_sum.clamp_min_(1), scaled_slope)]
+        others, gap = (scaled, v) if options.needs_scaled else (plain, u)
+        gap = gap if margins is None else gap.add(margins.take(classes), alpha=options.scale)
+        ldam = _Term(_softplus(gap), gap.sigmoid() if with_grad else None, others)
+    if options.has_focal:
+        focal = _Term(*_focal(u, options.gamma), plain)
+    return ldam, focal
 
 
 def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None, ...]]:
