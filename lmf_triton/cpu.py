@@ -104,7 +104,7 @@ def _evaluate(
     for coefficient, total, *terms in zip(coefficients, totals, *chunks, strict=True):
         if coefficient != 0:  # otherwise it has no say, not even by a denominator of 0
             loss += coefficient * sum(float(term.sum(dtype=torch.float64)) for term in terms) / total
-    return torch.tensor(loss, dtype=dtype, device=logits.device)
+    return torch.full((), loss, dtype=dtype, device=logits.device)
 
 
 def target_range(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:
@@ -210,7 +210,9 @@ def _evaluate_chunk(
 
 def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
     """Whether scale and margins leave the odds against the target within bounds for all but a few samples."""
-    return not options.needs_scaled and (margins is None or float(margins.abs().max()) <= MAX_MARGIN)
+    if options.needs_scaled:
+        return False
+    return margins is None or all(abs(float(bound)) <= MAX_MARGIN for bound in margins.aminmax())
 
 
 def _evaluate_by_odds(
@@ -231,7 +233,7 @@ def _evaluate_by_odds(
     ldam = focal = None
     if options.has_ldam:
         ldam_odds = odds if margins is None else odds * margins.exp().take(classes)
-        slope = ldam_odds / (ldam_odds + 1) if with_grad else None
+        slope = (ldam_odds + 1).reciprocal_().mul_(ldam_odds) if with_grad else None
         ldam = _Term(ldam_odds.log1p(), slope, others)
     if options.has_focal:
         nll = odds.log1p()

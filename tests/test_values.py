@@ -123,6 +123,27 @@ def test_large_margins(device, margin):
     assert_accurate(case, *evaluate(case))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "options",
+    [{"weight": 1e-30}, {"weight": 1e30}, {"weight": 1e-10, "alpha": 1e30}, {"weight": 1e-10, "beta": 1e30}],
+    ids=str,
+)
+def test_weights_of_any_size_leave_a_mean_in_range(device, options, scale):
+    """Neither a coefficient over the sum of weights, nor a sum of weighted losses, need be in float32's range."""
+    options = {**options, "weight": torch.full((7,), options["weight"]), "scale": scale}
+    case = make_case((24, 7), torch.float32, **options).to(device)
+    assert_accurate(case, *evaluate(case), roundings=2)
+
+
+def test_the_terms_are_weighted_before_they_are_added(device):
+    """Their sum is beyond float32's range, but not the weighted ones."""
+    rows, weight = [[3e38, 0.0, 1.0]], torch.full((3,), 0.2, device=device)
+    loss, grad = loss_and_grad(rows, [1], device, weight=weight)
+    assert loss.item() == pytest.approx(1.2e38)
+    assert grad[0, 1].item() == pytest.approx(-0.4)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
 @pytest.mark.parametrize("grad_in_forward", [True, False])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
