@@ -244,7 +244,7 @@ def _evaluate_by_odds(
             slope = (odds * p).addcmul_(p, nll, value=options.gamma).mul_(factor)
         focal = _Term(nll.mul_(factor), slope, others)
 
-    if is_extreme is not None:
+    if is_extreme is not None:  # the few are computed by themselves; at scale 1 their terms share one softmax too
         rows = logits.movedim(1, -1)[is_extreme].to(exps.dtype)
         extremes = _evaluate_by_gaps(rows, classes[is_extreme], settings, rows)
         for term, extreme in zip((ldam, focal), extremes, strict=True):
