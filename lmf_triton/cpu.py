@@ -226,9 +226,9 @@ def _evaluate_by_odds(
     others = _Others(exps, exps.sum(1))
     odds = others.total / of_target.squeeze(1)
     low, high = (float(bound) for bound in odds.aminmax())  # cheaper than a mask, which is seldom needed
-    is_extreme = None
+    extreme = None  # indices of samples out of bounds, or NaN
     if not (low >= MIN_ODDS and high <= 1 / MIN_ODDS):
-        is_extreme = ~((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS))  # or NaN
+        extreme = (~((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS))).nonzero(as_tuple=True)
 
     ldam = focal = None
     if options.has_ldam:
@@ -244,16 +244,16 @@ def _evaluate_by_odds(
             slope = (odds * p).addcmul_(p, nll, value=options.gamma).mul_(factor)
         focal = _Term(nll.mul_(factor), slope, others)
 
-    if is_extreme is not None:  # the few are computed by themselves; at scale 1 their terms share one softmax too
-        rows = logits.movedim(1, -1)[is_extreme].to(exps.dtype)
-        extremes = _evaluate_by_gaps(rows, classes[is_extreme], settings, rows)
-        for term, extreme in zip((ldam, focal), extremes, strict=True):
+    if extreme is not None:  # the few are computed by themselves; at scale 1 their terms share one softmax too
+        rows = logits.movedim(1, -1)[extreme].to(exps.dtype)
+        terms = _evaluate_by_gaps(rows, classes[extreme], settings, rows)
+        for term, extreme_term in zip((ldam, focal), terms, strict=True):
             if term is not None:
-                term.loss[is_extreme] = extreme.loss
+                term.loss[extreme] = extreme_term.loss
                 if with_grad:
-                    term.slope[is_extreme] = extreme.slope
+                    term.slope[extreme] = extreme_term.slope
         if with_grad:
-            exps.movedim(1, -1)[is_extreme], others.total[is_extreme] = (extremes[0] or extremes[1]).others
+            exps.movedim(1, -1)[extreme], others.total[extreme] = (terms[0] or terms[1]).others
     return ldam, focal
 
 

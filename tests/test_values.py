@@ -87,7 +87,9 @@ def test_nan_and_inf_spoil_their_own_sample_only(device, options, row, reduction
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"alpha": 0.0}, {"beta": 0.0}, {"weight": torch.linspace(0.5, 2, 40)}], ids=str
+    "options",
+    [{}, {"alpha": 0.0}, {"beta": 0.0}, {"weight": torch.linspace(0.5, 2, 40)}],
+    ids=["LMF", "focal", "LDAM", "weighted"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(24, 40), (2, 40, 3, 4)], ids=str)
@@ -117,9 +119,8 @@ def test_samples_with_large_gaps_are_exact_and_leave_the_others_their_bits(devic
 @pytest.mark.parametrize("margin", [-100.0, -17.0, 17.0, 100.0])
 def test_large_margins(device, margin):
     """Their exponentials are beyond float32's range, or nearly so."""
-    case = replace(make_case((24, 40), torch.float32, reduction="none"), margins=torch.linspace(0, margin, 40)).to(
-        device
-    )
+    case = make_case((24, 40), torch.float32, reduction="none")
+    case = replace(case, margins=torch.linspace(0, margin, 40)).to(device)
     assert_accurate(case, *evaluate(case))
 
 
