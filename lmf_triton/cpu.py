@@ -104,7 +104,7 @@ def _evaluate(
     for coefficient, total, *terms in zip(coefficients, totals, *chunks, strict=True):
         if coefficient != 0:  # otherwise it has no say, not even by a denominator of 0
             loss += coefficient * sum(float(term.sum(dtype=torch.float64)) for term in terms) / total
-    return torch.full((), loss, dtype=dtype, device=logits.device)
+    return torch.tensor(loss, dtype=dtype, device=logits.device)
 
 
 def target_range(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:

@@ -124,6 +124,14 @@ def test_large_margins(device, margin):
     assert_accurate(case, *evaluate(case))
 
 
+@pytest.mark.parametrize("options", [{}, {"weight": torch.full((2,), 1e38)}], ids=["plain", "weighted"])
+def test_a_sum_beyond_the_range_is_infinite(device, options):
+    options = {name: value.to(device) for name, value in options.items()}
+    loss, grad = loss_and_grad([[3e38, 0.0], [3e38, 0.0]], [1, 1], device, reduction="sum", **options)
+    assert loss.item() == INF
+    assert not grad.isnan().any()
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize(
     "options",
