@@ -124,6 +124,14 @@ def test_large_margins(device, margin):
     assert_accurate(case, *evaluate(case))
 
 
+def test_the_largest_scale(device):
+    """Times log2(e) it is beyond float32's range."""
+    rows = [[0.0, 0.5, 0.25], [0.0, 1.0, 0.25]]
+    loss, grad = loss_and_grad(rows, [0, 1], device, beta=0.0, scale=3e38)
+    assert loss.tolist() == pytest.approx([0.75 * 3e38, 0.0])  # of the gap 0.5 and the margin 0.25
+    assert grad.tolist() == [pytest.approx([-3e38, 3e38, 0.0]), [0.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("options", [{}, {"weight": torch.full((2,), 1e38)}], ids=["plain", "weighted"])
 def test_a_sum_beyond_the_range_is_infinite(device, options):
     options = {name: value.to(device) for name, value in options.items()}
