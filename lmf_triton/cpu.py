@@ -1,4 +1,4 @@
-"""The loss in plain PyTorch operations: the same contract and formulas as the kernels, gradient in closed form.
+"""The loss in plain PyTorch operations: the same contract as the kernels, the gradient in closed form too.
 
 gpu.py is its counterpart with the same three functions.
 """
@@ -157,7 +157,7 @@ class _Term(NamedTuple):
     """LDAM or focal loss of some samples, without coefficient, weights and denominator."""
 
     loss: Tensor
-    slope: Tensor | None  # its derivative in the others' logsumexp, and minus that in the target's logit
+    slope: Tensor | None  # its derivative in the gap, scaled for LDAM, between the others' logsumexp and the target
     others: _Others
 
 
