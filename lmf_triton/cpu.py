@@ -150,14 +150,14 @@ class _Others(NamedTuple):
     """The softmax over the classes other than the target. Only the ratio of the two counts."""
 
     exps: Tensor  # proportional to the probabilities, and 0 for the target
-    total: Tensor  # their sum, or 1 where there are no others
+    total: Tensor  # their sum, or anything else where there are no others
 
 
 class _Term(NamedTuple):
     """LDAM or focal loss of some samples, without coefficient, weights and denominator."""
 
     loss: Tensor
-    slope: Tensor | None  # its derivative in the gap, scaled for LDAM, between the others' logsumexp and the target
+    slope: Tensor | None  # derivative in the gap (LDAM: the scaled gap); may be None where no gradient is wanted
     others: _Others
 
 
@@ -185,10 +185,9 @@ def _evaluate_chunk(
     for term, coefficient, total in zip(terms, coefficients, settings.totals, strict=True):
         if term is None:
             continue
-        if weights is None:
-            slope = term.slope.mul_(coefficient / total)
-        else:
-            slope = term.slope.mul_(coefficient).mul_(weights).div_(total)
+        # In float64 no factor of it leaves the range.
+        scale = coefficient / total if weights is None else (weights.double() * (coefficient / total)).to(dtype)
+        slope = term.slope.mul_(scale)
         if parts and parts[0][0] is term.others:
             parts[0][1].add_(slope)
         else:
@@ -209,7 +208,7 @@ def _evaluate_chunk(
 
 
 def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
-    """Whether scale and margins leave the odds against the target within bounds for all but a few samples."""
+    """Whether it is left to the logits alone that the odds against the target are within bounds, as they mostly are."""
     if options.needs_scaled:
         return False
     return margins is None or all(abs(float(bound)) <= MAX_MARGIN for bound in margins.aminmax())
@@ -219,7 +218,7 @@ def _evaluate_by_odds(
     logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor
 ) -> tuple[_Term | None, _Term | None]:
     """LDAM and focal loss, as far as needed, from the odds against the target: e^u of the gap u, without logarithm."""
-    options, _, margins, _, with_grad = settings
+    options, margins, with_grad = settings.options, settings.margins, settings.with_grad
     exps, index = _exponentials(logits, work_space), classes.unsqueeze(1)
     of_target = exps.gather(1, index)
     exps.scatter_(1, index, torch.zeros_like(of_target))  # PyTorch is twice as slow with a number in a tensor's place
@@ -246,14 +245,15 @@ def _evaluate_by_odds(
 
     if extreme is not None:  # the few are computed by themselves; at scale 1 their terms share one softmax too
         rows = logits.movedim(1, -1)[extreme].to(exps.dtype)
-        terms = _evaluate_by_gaps(rows, classes[extreme], settings, rows)
-        for term, extreme_term in zip((ldam, focal), terms, strict=True):
+        extreme_terms = _evaluate_by_gaps(rows, classes[extreme], settings, rows)
+        for term, extreme_term in zip((ldam, focal), extreme_terms, strict=True):
             if term is not None:
                 term.loss[extreme] = extreme_term.loss
                 if with_grad:
                     term.slope[extreme] = extreme_term.slope
         if with_grad:
-            exps.movedim(1, -1)[extreme], others.total[extreme] = (terms[0] or terms[1]).others
+            shared = next(term.others for term in extreme_terms if term is not None)
+            exps.movedim(1, -1)[extreme], others.total[extreme] = shared
     return ldam, focal
 
 
@@ -271,7 +271,7 @@ def _evaluate_by_gaps(
     logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor
 ) -> tuple[_Term | None, _Term | None]:
     """The same from the gaps between logits: slower, but for all options and values."""
-    options, _, margins, _, with_grad = settings
+    options, margins, with_grad = settings.options, settings.margins, settings.with_grad
     index = classes.unsqueeze(1)
     x_y = logits.gather(1, index).squeeze(1).to(work_space.dtype)
     gaps = work_space.copy_(logits).scatter_(1, index, -torch.inf)

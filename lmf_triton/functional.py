@@ -65,9 +65,9 @@ def lmf_loss(
             :func:`torch.nn.functional.cross_entropy`; or ``"mean_per_term"``, α·Σ w·LDAM / Σ w + β·Σ w·Focal / (number
             of samples), the averaging in the LMF authors' code. Sums and means leave out ignored samples.
         grad_in_forward: when the gradient is computed. ``True``: with the loss, so that the logits are read once.
-            ``False``: in backward, from the logits and a few floats a sample. ``None`` takes ``True`` for sums and
-            means and ``False`` for ``"none"`` and for float16, where the gradient of a mean would underflow before
-            a loss scale reaches it.
+            ``False``: in backward, from the logits and a few floats a sample (on the CPU from the loss's own
+            arguments). ``None`` takes ``True`` for sums and means and ``False`` for ``"none"`` and for float16, where
+            the gradient of a mean would underflow before a loss scale reaches it.
         check_target: raise on targets that are out of range on the GPU too, at the price of a synchronisation.
 
     Returns:
@@ -97,7 +97,7 @@ def lmf_loss(
     if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
     backend = _backend(logits)
-    if check_target and backend is not cpu:  # which always does
+    if check_target and backend is not cpu:  # cpu.py always checks
         cpu.target_range(target, logits.shape[min(logits.ndim - 1, 1)], ignore_index)
 
     if not (logits.requires_grad and torch.is_grad_enabled()):

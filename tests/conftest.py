@@ -27,12 +27,14 @@ if hypothesis is not None:
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["triton", "cpu", "cpu, extreme"])
+@pytest.fixture(params=["triton", "cpu", "cpu, softmax", "cpu, extreme"])
 def device(request, monkeypatch) -> torch.device:
-    """The device of the test's tensors. The test runs through the Triton kernels and both ways of the CPU path."""
+    """The device of the test's tensors. The test runs through the Triton kernels and the CPU path's three ways."""
     if request.param == "triton":
         return torch.device("cuda" if HAS_GPU else "cpu")
     monkeypatch.setattr(functional, "_backend", lambda logits: cpu)
+    if request.param == "cpu, softmax":
+        monkeypatch.setattr(cpu, "SOFTMAX_CLASSES", 1)
     if request.param == "cpu, extreme":  # every sample is taken for one
         monkeypatch.setattr(cpu, "MIN_ODDS", math.inf)
     return torch.device("cpu")

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Case, assert_accurate, evaluate, make_case
+from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
 
-from lmf_triton import lmf_loss
+from lmf_triton import cpu, functional, lmf_loss
 
 INF, NAN = math.inf, math.nan
 OPTIONS = [
@@ -122,6 +122,18 @@ def test_large_margins(device, margin):
     case = make_case((24, 40), torch.float32, reduction="none")
     case = replace(case, margins=torch.linspace(0, margin, 40)).to(device)
     assert_accurate(case, *evaluate(case))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("options", [{"weight": 1e38}, {"weight": 1e30, "alpha": 1e30}], ids=str)
+def test_on_the_cpu_the_sum_of_weights_and_a_weighted_coefficient_may_leave_the_range(monkeypatch, options, scale):
+    monkeypatch.setattr(functional, "_backend", lambda logits: cpu)
+    options = {**options, "weight": torch.full((7,), options["weight"]), "scale": scale}
+    case = make_case((24, 7), torch.float32, **options)
+    _, grad = evaluate(case)
+    equal = replace(case, options={**options, "weight": torch.ones(7)})  # a mean does not change with its weights' unit
+    _, expected = evaluate_reference(equal, torch.float64)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
 def test_the_largest_scale(device):
