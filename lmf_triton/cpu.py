@@ -157,7 +157,7 @@ class _Term(NamedTuple):
     """LDAM or focal loss of some samples, without coefficient, weights and denominator."""
 
     loss: Tensor
-    slope: Tensor | None  # derivative in the gap (LDAM: the scaled gap); may be None where no gradient is wanted
+    slope: Tensor | None  # derivative in the target's logit, negated; may be None where no gradient is wanted
     others: _Others
 
 
@@ -181,7 +181,7 @@ def _evaluate_chunk(
         return losses
 
     parts: list[tuple[_Others, Tensor]] = []  # terms that share their exponentials are one
-    coefficients = options.alpha * options.scale, options.beta
+    coefficients = options.alpha, options.beta
     for term, coefficient, total in zip(terms, coefficients, settings.totals, strict=True):
         if term is None:
             continue
@@ -295,7 +295,7 @@ def _evaluate_by_gaps(
     if options.has_ldam:
         others, gap = (scaled, v) if options.needs_scaled else (plain, u)
         gap = gap if margins is None else gap.add(margins.take(classes), alpha=options.scale)
-        ldam = _Term(_softplus(gap), gap.sigmoid() if with_grad else None, others)
+        ldam = _Term(_softplus(gap), gap.sigmoid().mul_(options.scale) if with_grad else None, others)
     if options.has_focal:
         focal = _Term(*_focal(u, options.gamma), plain)
     return ldam, focal

@@ -144,6 +144,12 @@ def test_the_largest_scale(device):
     assert grad.tolist() == [pytest.approx([-3e38, 3e38, 0.0]), [0.0, 0.0, 0.0]]
 
 
+def test_a_coefficient_and_a_scale_whose_product_is_beyond_the_range(device):
+    loss, grad = loss_and_grad([[100.0, 0.0]], [0], device, alpha=1e38, beta=0.0, scale=30.0)
+    assert loss.item() == 0
+    assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"weight": torch.full((2,), 1e38)}], ids=["plain", "weighted"])
 def test_a_sum_beyond_the_range_is_infinite(device, options):
     options = {name: value.to(device) for name, value in options.items()}
