@@ -1,8 +1,9 @@
 """The LMF loss (LDAM + focal) for imbalanced classification: loss and gradient in one Triton kernel."""
 
 from .functional import lmf_loss
-from .margins import DeferredReweighting, class_balanced_weights, ldam_margins
+from .margins import class_balanced_weights, ldam_margins
 from .modules import FocalLoss, LDAMLoss, LMFLoss
+from .schedule import DeferredReweighting
 
 __version__ = "0.1.0"
 

@@ -1,11 +1,13 @@
 """The autograd rule of the loss, the same for every backend: what is kept for backward, and who may overwrite it."""
 
+import sys
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import checks
 from .options import LossOptions
 
 
@@ -41,6 +43,8 @@ class LMFFunction(Function):
     def backward(ctx, upstream: Tensor | None, _: None):
         if upstream is None:
             return (None,) * 7
+        checks.check_no_tangent(**{"the upstream gradient": upstream})
+        upstream = checks.without_lazy_bits(upstream)
         link, *saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 6
@@ -53,8 +57,10 @@ class LMFFunction(Function):
     def _gradient(ctx, saved: list[Tensor], upstream: Tensor) -> Tensor:
         if not ctx.grad_in_forward:
             return ctx.backend.backward(saved, upstream, ctx.options)
-        # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it.
-        return ctx.backend.apply_upstream(*saved, upstream, in_place=not _graph_is_kept())
+        # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it, or someone
+        # else has it too, as hooks on saved tensors and selective checkpointing may.
+        in_place = not _graph_is_kept() and _holders(saved) == _HOLDERS_OF_OURS
+        return ctx.backend.apply_upstream(*saved, upstream, in_place=in_place)
 
 
 class _FirstOrderOnly(Function):
@@ -65,7 +71,8 @@ class _FirstOrderOnly(Function):
 
     @staticmethod
     def forward(ctx, grad: Tensor, *computed_from: Tensor) -> Tensor:
-        return grad.view_as(grad)
+        ctx.mark_dirty(grad)  # the same tensor, not a view: a view could not be changed in place
+        return grad
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -81,3 +88,38 @@ def _graph_is_kept() -> bool:
     # may a saved buffer be overwritten? Were the name to go away, "yes, kept" costs a copy and is always right.
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
+
+
+def _holders(saved: list[Tensor]) -> tuple[int, int, int] | None:
+    """How many hold the one tensor of this list, in Python and in C++, and its memory; None where that is not told."""
+    try:
+        (tensor,) = saved
+        n_storage = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+        return sys.getrefcount(tensor), tensor._use_count(), n_storage
+    except (AttributeError, RuntimeError):  # private names, or a tensor without storage
+        return None
+
+
+class _KeptTensor(Function):
+    """Keeps a tensor as ``LMFFunction`` does, and counts in backward who holds it when nobody else does."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0), torch.empty_like(x))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        _, *saved = ctx.saved_tensors
+        _KeptTensor.holders = _holders(saved)
+        return upstream
+
+
+def _holders_of_ours() -> tuple[int, int, int] | float:
+    """What ``_holders`` says of a tensor that only our graph holds. Counted: versions of Python and PyTorch differ."""
+    with torch.inference_mode(False), torch.enable_grad():
+        _KeptTensor.apply(torch.zeros(1, device="cpu", requires_grad=True)).backward()
+    return float("nan") if _KeptTensor.holders is None else _KeptTensor.holders  # NaN equals nothing: always copy
+
+
+_HOLDERS_OF_OURS = _holders_of_ours()

@@ -99,7 +99,7 @@ def _evaluate(
         losses = [
             sum(c * term for c, term in zip(coefficients, terms, strict=True) if term is not None) for terms in chunks
         ]
-        return torch.cat(losses).view(target.shape)
+        return torch.cat(losses).resize_(target.shape)  # no view, which autograd would not let a user change in place
     loss = 0.0  # in float64, which costs nothing here
     for coefficient, total, *terms in zip(coefficients, totals, *chunks, strict=True):
         if coefficient != 0:  # otherwise it has no say, not even by a denominator of 0

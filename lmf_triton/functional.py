@@ -1,27 +1,17 @@
-"""The loss as a function: checks, and the choice between the Triton kernels and plain PyTorch."""
+"""The loss as a function, and the choice between the Triton kernels and plain PyTorch."""
 
-from functools import lru_cache
-from numbers import Integral, Real
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import checks, cpu
 from .autograd import LMFFunction
-from .options import REDUCTIONS, LossOptions
 
 try:
     from . import gpu
 except ImportError:  # Triton is not installed
     gpu = None
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGER_DTYPES = (
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
-FLOAT32, INT64 = torch.finfo(torch.float32), torch.iinfo(torch.int64)
 
 
 def lmf_loss(
@@ -79,23 +69,24 @@ def lmf_loss(
         each index of the dimensions that are left over.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype.
+        TypeError: an argument is of the wrong type or dtype, or a tensor whose values the loss cannot read: a DTensor
+            (give ``.to_local()`` or ``.full_tensor()``), a sparse one.
         ValueError: a shape, device or option is wrong.
         IndexError: on the CPU, or with ``check_target``, a target is outside ``[0, C)`` and not ``ignore_index``.
             Otherwise the loss and the gradient of that sample are NaN.
+        NotImplementedError: a tensor carries a tangent of forward-mode AD.
 
     References:
         Sadi et al., "LMFLoss: A Hybrid Loss for Imbalanced Medical Image Classification", 2022, eq. 3
         (https://arxiv.org/abs/2212.12741); Cao et al. 2019 for LDAM (https://arxiv.org/abs/1906.07413);
         Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002).
     """
-    try:
-        options = _known_options(alpha, beta, gamma, scale, ignore_index, reduction)
-    except TypeError:  # not hashable, or wrong indeed
-        options = check_options(alpha, beta, gamma, scale, ignore_index, reduction)
-    _check_tensors(logits, target, margins, weight)
+    options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
+    checks.check_tensors(logits, target, margins, weight)
+    checks.check_no_tangent(logits=logits, margins=margins, weight=weight)
     if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
+    logits, target, margins, weight = map(checks.without_lazy_bits, (logits, target, margins, weight))
     backend = _backend(logits)
     if check_target and backend is not cpu:  # cpu.py always checks
         cpu.target_range(target, logits.shape[min(logits.ndim - 1, 1)], ignore_index)
@@ -107,75 +98,6 @@ def lmf_loss(
         grad_in_forward = reduction != "none" and logits.dtype != torch.float16
     loss, _ = LMFFunction.apply(logits, target, margins, weight, options, grad_in_forward, backend)
     return loss
-
-
-def check_options(
-    alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
-) -> LossOptions:
-    """The options as one value, or a TypeError or ValueError that says which is wrong."""
-    for name, value in ("alpha", alpha), ("beta", beta), ("gamma", gamma), ("scale", scale):
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
-        if not (value == 0 or FLOAT32.tiny <= value <= FLOAT32.max):
-            raise ValueError(f"{name} must be 0 or positive, finite and within float32's range, got {value!r}")
-    if alpha == 0 and beta == 0:
-        raise ValueError("alpha and beta are both 0: expected at least one term of the loss")
-    if scale == 0:
-        raise ValueError(f"scale must be greater than 0, got {scale!r}")
-    if not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r} of type {type(ignore_index).__name__}")
-    if not INT64.min <= ignore_index <= INT64.max:
-        raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
-
-
-# The same few settings come with every batch: to check them again costs as much as to check the tensors.
-_known_options = lru_cache(maxsize=256, typed=True)(check_options)
-
-
-def _check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None) -> None:
-    for name, tensor in ("logits", logits), ("target", target):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    if target.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"target must hold class indices of an integer dtype, got {target.dtype}")
-    shape = logits.shape
-    if len(shape) == 0:
-        raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a scalar")
-    expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
-    if target.shape != expected:
-        raise ValueError(
-            f"target must have the shape of logits without the class axis, {tuple(expected)} for logits of shape "
-            f"{tuple(shape)}, got {tuple(target.shape)}"
-        )
-    n_classes = shape[min(len(shape) - 1, 1)]
-    if n_classes == 0:
-        raise ValueError(f"logits must have at least one class, got shape {tuple(shape)}")
-    if target.device != logits.device:
-        raise ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
-    for name, per_class in ("margins", margins), ("weight", weight):
-        check_per_class(name, per_class, n_classes)
-        if per_class is not None and per_class.device != logits.device:
-            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {per_class.device}")
-
-
-def check_per_class(name: str, per_class: Tensor | None, n_classes: int | None) -> None:
-    """Raise a TypeError or ValueError unless this is one floating-point value a class, without gradient, or None."""
-    if per_class is None:
-        return
-    if not isinstance(per_class, Tensor):
-        raise TypeError(f"{name} must be a tensor or None, got {type(per_class).__name__}")
-    if per_class.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be of a floating-point dtype, float16 to float64, got {per_class.dtype}")
-    if per_class.ndim != 1 or n_classes not in (None, len(per_class)):
-        expected = "(C,)" if n_classes is None else f"({n_classes},)"
-        raise ValueError(f"{name} must have one value a class, shape {expected}, got {tuple(per_class.shape)}")
-    if per_class.requires_grad:
-        raise ValueError(f"{name} has no gradient in this loss, got a tensor with requires_grad=True")
 
 
 def _backend(logits: Tensor) -> ModuleType:

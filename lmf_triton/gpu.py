@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kernels, launch
+from . import checks, kernels, launch
 from .options import LossOptions, arithmetic_dtype
 
 # True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
@@ -31,6 +31,7 @@ def forward(
     with_saved: bool,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
     """The loss and, where asked for, its gradient, and the tensors from which :func:`backward` computes it."""
+    checks.check_readable(logits=logits, target=target, margins=margins, weight=weight)
     dtype = arithmetic_dtype(logits)
     per_row = options.reduction == "none"
     grad = torch.empty_like(logits) if with_grad else None
@@ -122,6 +123,7 @@ def backward(saved: tuple[Tensor, ...], upstream: Tensor, options: LossOptions) 
 
 def _fill_gradient(grad: Tensor, saved: tuple[Tensor, ...], upstream: Tensor | None, options: LossOptions) -> None:
     """Write the gradient of the logits, times ``upstream`` if given."""
+    checks.check_readable(upstream=upstream)
     logits, target, coefs = saved
     n_classes, class_stride, row_strides = _axes(logits)
     _, grad_class_stride, grad_row_strides = _axes(grad)
@@ -167,6 +169,7 @@ def _fill_gradient(grad: Tensor, saved: tuple[Tensor, ...], upstream: Tensor | N
 
 def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     """``upstream * grad``, rounded once; in place, nothing is moved where the upstream gradient is exactly 1."""
+    checks.check_readable(upstream=upstream)
     out = grad if in_place else torch.empty_like(grad)
     if grad.numel() == 0:
         return out

@@ -1,27 +1,118 @@
 """The losses as modules: margins and weights are buffers, the rest is one call of :func:`lmf_loss`."""
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor, nn
 
-from .functional import check_options, check_per_class, lmf_loss
+from .checks import check_options, check_per_class
+from .counts import ClassCounts, counts_in_order
+from .functional import lmf_loss
 from .margins import ldam_margins
 
+BUFFERS = ("margins", "weight")
+# Arguments of the losses and of lmf_loss. Each module has some of them as attributes, and none without effect.
+SETTINGS = ("alpha", "beta", "gamma", "max_margin", "scale", "ignore_index", "reduction")
+ARGUMENTS = (*SETTINGS, "class_counts", "margins", "grad_in_forward", "check_target")
 
-class _LossModule(nn.Module):
-    """What the three losses share. ``settings`` are the attributes shown by ``repr``."""
+
+class LossModule(nn.Module):
+    """What the three losses share: the buffers, and settings, which are attributes that ``repr`` shows.
+
+    The buffers are the module's own: what is handed in or assigned is copied. Beside them the module keeps what they
+    were made from, so that they can be made again where ``to_empty`` has left them without values.
+    """
 
     margins: Tensor | None
     weight: Tensor | None
 
-    def __init__(self, margins: Tensor | None, weight: Tensor | None, **settings) -> None:
+    def __init__(self, class_counts: ClassCounts | None, weight: Tensor | None, **settings) -> None:
         super().__init__()
-        check_per_class("weight", weight, None if margins is None else len(margins))
-        self.register_buffer("margins", margins)
-        self.register_buffer("weight", weight)
         self._setting_names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
+        self._class_counts: tuple[float, ...] | None = None
+        margins = None
+        if "max_margin" in settings:
+            self._class_counts = tuple(counts_in_order(class_counts))
+            margins = ldam_margins(class_counts, max_margin=self.max_margin)
+        check_per_class("weight", weight, None if margins is None else len(margins))
+        self.register_buffer("margins", margins)
+        self.register_buffer("weight", None)
+        self.weight = weight
+        buffers = [buffer for buffer in (margins, weight) if buffer is not None]
+        self._device = buffers[0].device if buffers else torch.get_default_device()  # known without buffers too
+        self._valueless: tuple[Tensor, int] | None = None  # a weight without values, and its version
+
+    def reset_parameters(self) -> None:
+        """Write margins and weight as they were when the module was built, into the buffers that are there.
+
+        ``to_empty`` does so by itself; whoever materialises a module in another way calls this. A weight that was
+        handed in on the meta device has no values: the forward pass refuses it until it is loaded or assigned.
+        """
+        for name in BUFFERS:
+            if getattr(self, name) is not None:
+                self._write_anew(name)
+
+    def _write_anew(self, name: str) -> None:
+        buffer = getattr(self, name)
+        values = self._given_weight
+        if name == "margins":
+            with torch.device(buffer.device):
+                values = ldam_margins(self._class_counts, max_margin=self.max_margin)
+        if values is None or values.is_meta:
+            self._valueless = buffer, buffer._version
+        else:
+            with torch.no_grad():
+                buffer.copy_(values)
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast, by whatever method of ``nn.Module``; and see whether the values came along."""
+        before = {name: getattr(self, name) for name in BUFFERS}
+        super()._apply(fn, recurse)
+        probe = torch.empty(0, device="cpu" if self._device.type == "meta" else self._device)
+        self._device = fn(probe).device
+        for name, buffer in before.items():
+            if buffer is not None and _is_lost(buffer, getattr(self, name)):
+                self._write_anew(name)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        given = self._given_weight  # of a checkpoint nobody knows what a schedule had written before it was saved
+        super()._load_from_state_dict(*args, **kwargs)
+        self._given_weight = given
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._check_assignment(name)
+        if name in BUFFERS and isinstance(value, Tensor):
+            check_per_class(name, value, None)
+            value = _copy(value)
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._given_weight = None if value is None else _copy(value)
+
+    def _check_assignment(self, name: str) -> None:
+        """Raise an AttributeError for a setting that would be accepted without effect."""
+        if name not in ARGUMENTS:
+            return
+        loss = type(self).__name__
+        if name == "max_margin" and name in self.__dict__:
+            raise AttributeError(
+                f"max_margin of a {loss} is fixed when it is built, since the margins follow from it: build another, "
+                "or assign margins, criterion.margins = ldam_margins(class_counts, max_margin=...)"
+            )
+        has_it = name in self._setting_names if name != "margins" else self._class_counts is not None
+        is_subclass = type(self).__module__ != __name__  # what it does with attributes is its own affair
+        if not has_it and not is_subclass:
+            raise AttributeError(f"{name} cannot be set on a {loss}, where it would have no effect")
+
+    def _check_values(self) -> None:
+        """Refuse a weight that was left without values, unless it was loaded, assigned or written to since then."""
+        buffer, version = self._valueless
+        if self.weight is buffer and buffer._version == version:
+            raise RuntimeError(
+                "the loss's weight has no values: it was handed in on the meta device. Load a state_dict, assign it "
+                "(criterion.weight = ...), or build the loss with a weight on another device"
+            )
+        self._valueless = None
 
     def extra_repr(self) -> str:
         shown = {} if self.margins is None else {"n_classes": len(self.margins)}
@@ -29,8 +120,36 @@ class _LossModule(nn.Module):
         shown["weight"] = None if self.weight is None else tuple(self.weight.shape)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
+    def _evaluate(self, logits: Tensor, target: Tensor, **terms: float) -> Tensor:
+        """The loss with these settings of its terms, and the module's margins, weight and averaging."""
+        if self._valueless is not None:
+            self._check_values()
+        return lmf_loss(
+            logits,
+            target,
+            self.margins,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            **terms,
+        )
 
-class LMFLoss(_LossModule):
+
+def _copy(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # a loss built in inference mode must train all the same
+        return tensor.detach().clone()
+
+
+def _is_lost(before: Tensor, after: Tensor) -> bool:
+    """Whether the values of a buffer did not come along to where it is now: to_empty only allocates."""
+    if before is after or after.is_meta:
+        return False
+    if before.is_meta:
+        return True
+    return not torch.allclose(before.to(after), after, rtol=0, atol=0, equal_nan=True)
+
+
+class LMFLoss(LossModule):
     """Large-Margin-aware Focal loss: ``alpha * LDAM + beta * Focal``, with margins from the class counts.
 
     The formula and the arguments that are not listed here are those of :func:`lmf_triton.lmf_loss`.
@@ -60,7 +179,7 @@ class LMFLoss(_LossModule):
 
     def __init__(
         self,
-        class_counts: Sequence[float] | Tensor,
+        class_counts: ClassCounts,
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -73,7 +192,7 @@ class LMFLoss(_LossModule):
     ) -> None:
         check_options(alpha, beta, gamma, scale, ignore_index, reduction)
         super().__init__(
-            ldam_margins(class_counts, max_margin=max_margin),
+            class_counts,
             weight,
             alpha=alpha,
             beta=beta,
@@ -85,21 +204,10 @@ class LMFLoss(_LossModule):
         )
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return lmf_loss(
-            logits,
-            target,
-            self.margins,
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            scale=self.scale,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return self._evaluate(logits, target, alpha=self.alpha, beta=self.beta, gamma=self.gamma, scale=self.scale)
 
 
-class LDAMLoss(_LossModule):
+class LDAMLoss(LossModule):
     """Label-distribution-aware margin loss: LMF with ``alpha=1, beta=0``.
 
     Arguments, shapes and errors are those of :class:`LMFLoss`.
@@ -111,7 +219,7 @@ class LDAMLoss(_LossModule):
 
     def __init__(
         self,
-        class_counts: Sequence[float] | Tensor,
+        class_counts: ClassCounts,
         *,
         max_margin: float = 0.5,
         scale: float = 1.0,
@@ -121,7 +229,7 @@ class LDAMLoss(_LossModule):
     ) -> None:
         check_options(1.0, 0.0, 0.0, scale, ignore_index, reduction)
         super().__init__(
-            ldam_margins(class_counts, max_margin=max_margin),
+            class_counts,
             weight,
             max_margin=max_margin,
             scale=scale,
@@ -130,19 +238,10 @@ class LDAMLoss(_LossModule):
         )
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return lmf_loss(
-            logits,
-            target,
-            self.margins,
-            beta=0.0,
-            scale=self.scale,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return self._evaluate(logits, target, beta=0.0, scale=self.scale)
 
 
-class FocalLoss(_LossModule):
+class FocalLoss(LossModule):
     """Multi-class focal loss, ``(1 - p_y)^gamma * (-log p_y)``: LMF with ``alpha=0, beta=1``.
 
     Arguments, shapes and errors are those of :class:`LMFLoss`; ``gamma=0`` is cross-entropy.
@@ -164,12 +263,4 @@ class FocalLoss(_LossModule):
         super().__init__(None, weight, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return lmf_loss(
-            logits,
-            target,
-            alpha=0.0,
-            gamma=self.gamma,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return self._evaluate(logits, target, alpha=0.0, gamma=self.gamma)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from lmf_triton import functional, launch, lmf_loss
 from lmf_triton.autograd import LMFFunction
@@ -266,3 +266,54 @@ def test_the_cpu_path_works_through_chunks(monkeypatch):
             monkeypatch.setattr(functional, "_backend", lambda logits: functional.cpu)
             for one, other in zip(whole, pieces, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["logits", "margins", "weight"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tangents_of_forward_mode_are_refused(device, reduction, name, requires_grad):
+    """Neither dropped, which would be a derivative of 0, nor right for some arguments and options only."""
+    case = make_case((5, 7), torch.float32).to(device)
+    given = {"logits": case.logits, "margins": case.margins, "weight": torch.ones(7, device=device)}
+    if requires_grad:
+        given["logits"] = given["logits"].requires_grad_()
+    with forward_ad.dual_level():
+        lmf_loss(given.pop("logits"), case.target, **given, reduction=reduction)  # no tangent, no error
+        given = {"logits": case.logits, **given}
+        given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(NotImplementedError, match=f"no derivative in forward mode.*{name} carries a tangent"):
+            lmf_loss(given.pop("logits"), case.target, **given, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_mode_by_other_names(device, reduction):
+    case = make_case((5, 7), torch.float32).to(device)
+
+    def loss(x):
+        return lmf_loss(x, case.target, case.margins, reduction=reduction)
+
+    def jacobian(x):
+        return torch.autograd.functional.jacobian(loss, x, vectorize=True, strategy="forward-mode")
+
+    x = case.logits
+    for derivative in (
+        lambda: torch.func.jvp(loss, (x,), (torch.ones_like(x),)),
+        lambda: torch.func.jacfwd(loss)(x),
+        lambda: torch.func.linearize(loss, x),
+        lambda: torch.func.jvp(lambda y: loss(2 * y), (x,), (torch.ones_like(x),)),
+        lambda: jacobian(x),
+    ):
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            derivative()
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_tangent_of_the_upstream_gradient_is_refused(device, grad_in_forward, reduction):
+    case = make_case((5, 7), torch.float32).to(device)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, reduction=reduction, grad_in_forward=grad_in_forward)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(loss), torch.ones_like(loss))
+        with pytest.raises(NotImplementedError, match="upstream gradient carries a tangent"):
+            torch.autograd.grad(loss, logits, upstream)

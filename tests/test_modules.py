@@ -83,6 +83,74 @@ def test_settings_can_be_changed_between_steps():
     assert torch.equal(module(logits, target), lmf_loss(logits, target, module.margins, beta=0.0, weight=WEIGHT))
 
 
+def test_max_margin_is_fixed():
+    """It would change the repr and nothing else: the margins are there already."""
+    for module in LMFLoss(COUNTS), LDAMLoss(COUNTS, max_margin=0.3):
+        before = module.margins.clone(), module.max_margin
+        with pytest.raises(AttributeError, match=r"max_margin of a .* fixed when it is built.*criterion\.margins ="):
+            module.max_margin = 0.9
+        assert torch.equal(module.margins, before[0]) and module.max_margin == before[1]
+    assert "max_margin=0.3" in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (LMFLoss(COUNTS), ["class_counts", "grad_in_forward", "check_target"]),
+        (LDAMLoss(COUNTS), ["alpha", "beta", "gamma", "class_counts"]),
+        (FocalLoss(), ["alpha", "beta", "scale", "max_margin", "margins", "class_counts"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
+)
+def test_settings_that_a_loss_does_not_have_are_refused(module, names):
+    for name in names:
+        with pytest.raises(AttributeError, match=f"{name} cannot be set on a {type(module).__name__}.*no effect"):
+            setattr(module, name, torch.ones(7) if name == "margins" else 2.0)
+
+
+@pytest.mark.parametrize("module", [LMFLoss(COUNTS), LDAMLoss(COUNTS), FocalLoss()], ids=lambda m: type(m).__name__)
+def test_every_setting_that_is_accepted_has_an_effect(module):
+    """And none is shown that has none."""
+    values = {"alpha": 2.0, "beta": 0.3, "gamma": 3.0, "scale": 4.0, "ignore_index": 2, "reduction": "sum"}
+    values |= {"margins": torch.linspace(0, 3, 7), "weight": WEIGHT}
+    logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(9) % 7
+    shown = {part.split("=")[0] for part in module.extra_repr().split(", ")} - {"n_classes", "max_margin"}
+    assert shown <= set(values)
+    for name, value in values.items():
+        changed = copy.deepcopy(module)
+        try:
+            setattr(changed, name, value)
+        except AttributeError:
+            assert name not in shown
+        else:
+            assert not torch.equal(changed(logits, target), module(logits, target)), name
+            assert name not in shown or name == "weight" or f"{name}={value!r}" in repr(changed)
+
+
+def test_a_subclass_has_the_attributes_that_it_wants():
+    class Named(FocalLoss):
+        def __init__(self, alpha, class_counts):
+            super().__init__()
+            self.alpha, self.class_counts = alpha, class_counts
+
+        def forward(self, logits, target):
+            return self.alpha * super().forward(logits, target)
+
+    logits, target = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 6])
+    assert Named(0.25, COUNTS)(logits, target) == 0.25 * FocalLoss()(logits, target)
+
+
+@pytest.mark.parametrize("module", [LMFLoss(COUNTS), FocalLoss()], ids=lambda m: type(m).__name__)
+def test_what_is_assigned_is_checked(module):
+    with pytest.raises(ValueError, match="weight has no gradient"):
+        module.weight = torch.ones(7, requires_grad=True)
+    with pytest.raises(TypeError, match="weight must be of a floating-point dtype"):
+        module.weight = torch.ones(7, dtype=torch.long)
+    with pytest.raises(TypeError, match="weight"):
+        module.weight = [1.0] * 7
+
+
 @pytest.mark.parametrize("function", [lmf_loss, LMFLoss, LDAMLoss, FocalLoss])
 def test_defaults_agree(function):
     """The modules' defaults are the function's."""

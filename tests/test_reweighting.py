@@ -1,5 +1,8 @@
 """Promise: deferred re-weighting trains unweighted first, then with class-balanced weights, for any loss."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +69,142 @@ def test_weights_move_with_the_loss_after_the_schedule_was_made():
     criterion.double()
     schedule.step(1)
     assert criterion.weight.dtype == torch.float64
+
+
+def weights_at(schedule, epochs) -> list[list[float]]:
+    weights = []
+    for epoch in epochs:
+        schedule.step(epoch)
+        weights.append(schedule.criterion.weight.tolist())
+    return weights
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("own", [None, [1.0, 2.0, 3.0]])
+def test_an_epoch_has_its_weights_whatever_was_stepped_to_before(make_loss, own):
+    schedule = DeferredReweighting(make_loss(own and torch.tensor(own)), COUNTS, start_epoch=2)
+    first, balanced = own or [1.0, 1.0, 1.0], class_balanced_weights(COUNTS).tolist()
+    epochs = [5, 0, 1, 2, 1, 7, 0]
+    assert weights_at(schedule, epochs) == [balanced if epoch >= 2 else first for epoch in epochs]
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("own", [None, [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("between", ["nothing", "half", "copy", "pickle"])
+def test_a_second_schedule_starts_where_the_first_did(make_loss, own, between):
+    """The next fold, or a notebook cell run again: its first stage is not the second stage of the former."""
+    criterion = make_loss(own and torch.tensor(own))
+    DeferredReweighting(criterion, COUNTS, start_epoch=1).step(3)
+    if between == "half":
+        criterion.half()
+    elif between == "copy":
+        criterion = copy.deepcopy(criterion)
+    elif between == "pickle":
+        criterion = pickle.loads(pickle.dumps(criterion))
+    for counts in COUNTS, [30, 20, 10], [7, 7, 7]:
+        schedule = DeferredReweighting(criterion, counts, start_epoch=1)
+        expected = [own or [1.0, 1.0, 1.0], class_balanced_weights(counts).to(criterion.weight).tolist()]
+        assert weights_at(schedule, [0, 1]) == expected
+
+
+@pytest.mark.parametrize("make_loss", [make for name, make in LOSSES.items() if "PyTorch" not in name])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_checkpoint_of_the_second_stage_loaded_before_the_schedule(make_loss, assign):
+    own = torch.tensor([1.0, 2.0, 3.0])
+    first = make_loss(own)
+    DeferredReweighting(first, COUNTS, start_epoch=5).step(7)
+    resumed = make_loss(own)
+    resumed.load_state_dict(first.state_dict(), assign=assign)
+    assert torch.equal(resumed.weight, first.weight)
+    schedule = DeferredReweighting(resumed, COUNTS, start_epoch=5)
+    assert weights_at(schedule, [7, 0]) == [first.weight.tolist(), own.tolist()]
+
+
+def test_such_a_checkpoint_of_a_loss_that_does_not_remember_is_refused():
+    first = nn.CrossEntropyLoss()
+    DeferredReweighting(first, COUNTS, start_epoch=5).step(7)
+    resumed = nn.CrossEntropyLoss(weight=torch.ones(3))
+    resumed.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="make the schedule first, then load the checkpoint"):
+        DeferredReweighting(resumed, COUNTS, start_epoch=5)
+    resumed = nn.CrossEntropyLoss(weight=torch.ones(3))
+    schedule = DeferredReweighting(resumed, COUNTS, start_epoch=5)
+    resumed.load_state_dict(first.state_dict())
+    assert weights_at(schedule, [0, 7]) == [[1.0, 1.0, 1.0], first.weight.tolist()]
+    DeferredReweighting(nn.CrossEntropyLoss(weight=torch.ones(3)), [5, 5, 5], start_epoch=5)  # both stages are the same
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+def test_weights_assigned_after_a_schedule_are_what_the_next_one_starts_from(make_loss):
+    criterion = make_loss()
+    DeferredReweighting(criterion, COUNTS, start_epoch=1).step(3)
+    criterion.weight = torch.tensor([3.0, 2.0, 1.0])
+    schedule = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    assert weights_at(schedule, [1, 0])[1] == [3.0, 2.0, 1.0]
+
+
+# "meta" stands for a GPU here: a loss moved there, or made there, has its weights there.
+@pytest.mark.parametrize("make", [FocalLoss, lambda: LMFLoss(COUNTS)], ids=["focal", "LMF"])
+@pytest.mark.parametrize("moved", ["before", "after", "made there", "back and forth"])
+def test_the_weights_are_where_the_loss_is(make, moved):
+    with torch.device("meta" if moved == "made there" else "cpu"):
+        criterion = make()
+    if moved in ("before", "back and forth"):
+        criterion.to("meta")
+    if moved == "back and forth":
+        criterion.to_empty(device="cpu")
+    DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    if moved == "after":
+        criterion.to("meta")
+    assert criterion.weight.device.type == ("cpu" if moved == "back and forth" else "meta")
+    criterion.to_empty(device="cpu")
+    assert torch.equal(criterion.weight, torch.ones(3))
+
+
+def test_casting_a_loss_does_not_move_it(device):
+    criterion = FocalLoss().to(device).half()
+    DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    assert criterion.weight.device.type == device.type and criterion.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+def test_the_device_may_be_given(make_loss):
+    for own in (None, torch.ones(3)):
+        criterion = make_loss(own)
+        DeferredReweighting(criterion, COUNTS, start_epoch=1, device="meta")
+        assert criterion.weight.device.type == "meta"
+
+
+def test_a_loss_that_leaves_no_trace_of_its_device_says_what_to_give():
+    criterion = nn.CrossEntropyLoss().to("meta")
+    DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    logits, target = (tensor.to("meta") for tensor in batch())
+    with pytest.raises(ValueError, match=r"class weights of DeferredReweighting are on cpu.*device='meta'"):
+        criterion(logits, target)
+    criterion(*batch())
+    known = nn.CrossEntropyLoss().to("meta")
+    DeferredReweighting(known, COUNTS, start_epoch=1, device="meta")
+    known(logits, target)
+    with_counts = nn.CrossEntropyLoss()
+    DeferredReweighting(with_counts, torch.tensor(COUNTS), start_epoch=1)
+    with_counts(*batch())
+
+
+def test_a_step_on_the_meta_device_is_refused():
+    """It would be forgotten by the time the loss gets memory."""
+    with torch.device("meta"):
+        criterion = LMFLoss(COUNTS)
+        schedule = DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    with pytest.raises(RuntimeError, match=r"meta device.*materialise it, then step"):
+        schedule.step(3)
+    criterion.to_empty(device="cpu")
+    assert weights_at(schedule, [3, 0]) == [class_balanced_weights(COUNTS).tolist(), [1.0, 1.0, 1.0]]
+
+
+def test_weights_without_values_are_no_start():
+    for make_loss in FocalLoss, nn.CrossEntropyLoss:
+        with pytest.raises(ValueError, match="on the meta device and have no values: assign"):
+            DeferredReweighting(make_loss(weight=torch.ones(3, device="meta")), COUNTS, start_epoch=1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""Every check of an argument of the loss, once: an error that quotes what was given and what was expected."""
+
+import sys
+from functools import lru_cache
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .options import REDUCTIONS, LossOptions
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+FLOAT32, INT64 = torch.finfo(torch.float32), torch.iinfo(torch.int64)
+
+
+def check_options(
+    alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
+) -> LossOptions:
+    """The options as one value, or a TypeError or ValueError that says which is wrong."""
+    try:
+        return _known_options(alpha, beta, gamma, scale, ignore_index, reduction)
+    except TypeError:  # not hashable, or wrong indeed
+        return _check_options(alpha, beta, gamma, scale, ignore_index, reduction)
+
+
+def _check_options(
+    alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
+) -> LossOptions:
+    for name, value in ("alpha", alpha), ("beta", beta), ("gamma", gamma), ("scale", scale):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
+        if not (value == 0 or FLOAT32.tiny <= value <= FLOAT32.max):
+            raise ValueError(f"{name} must be 0 or positive, finite and within float32's range, got {value!r}")
+    if alpha == 0 and beta == 0:
+        raise ValueError("alpha and beta are both 0: expected at least one term of the loss")
+    if scale == 0:
+        raise ValueError(f"scale must be greater than 0, got {scale!r}")
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r} of type {type(ignore_index).__name__}")
+    if not INT64.min <= ignore_index <= INT64.max:
+        raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
+
+
+# The same few settings come with every batch: to check them again costs as much as to check the tensors.
+_known_options = lru_cache(maxsize=256, typed=True)(_check_options)
+
+
+def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None) -> None:
+    """Raise a TypeError or ValueError unless types, dtypes, shapes and devices fit together."""
+    for name, tensor in ("logits", logits), ("target", target):
+        _check_kind(name, tensor, "a tensor")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if target.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"target must hold class indices of an integer dtype, got {target.dtype}")
+    shape = logits.shape
+    if len(shape) == 0:
+        raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a scalar")
+    expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
+    if target.shape != expected:
+        raise ValueError(
+            f"target must have the shape of logits without the class axis, {tuple(expected)} for logits of shape "
+            f"{tuple(shape)}, got {tuple(target.shape)}"
+        )
+    n_classes = shape[min(len(shape) - 1, 1)]
+    if n_classes == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(shape)}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
+    for name, per_class in ("margins", margins), ("weight", weight):
+        check_per_class(name, per_class, n_classes)
+        if per_class is not None and per_class.device != logits.device:
+            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {per_class.device}")
+
+
+def check_per_class(name: str, per_class: Tensor | None, n_classes: int | None) -> None:
+    """Raise a TypeError or ValueError unless this is one floating-point value a class, without gradient, or None."""
+    if per_class is None:
+        return
+    _check_kind(name, per_class, "a tensor or None")
+    if per_class.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be of a floating-point dtype, float16 to float64, got {per_class.dtype}")
+    # No test by "in" here: of a symbolic length, torch.compile answers it wrongly.
+    if per_class.ndim != 1 or (n_classes is not None and per_class.shape[0] != n_classes):
+        expected = "(C,)" if n_classes is None else f"({n_classes},)"
+        raise ValueError(f"{name} must have one value a class, shape {expected}, got {tuple(per_class.shape)}")
+    if per_class.requires_grad:
+        raise ValueError(f"{name} has no gradient in this loss, got a tensor with requires_grad=True")
+
+
+def _check_kind(name: str, tensor: Tensor, expected: str) -> None:
+    """Refuse what is no tensor, and tensors that are no strided array of this process's own values."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {kind}: see Tensor.to_dense()")
+    if _is_dtensor(tensor):
+        raise TypeError(
+            f"{name} must be an ordinary tensor, got a DTensor, which this loss does not support yet: give each "
+            "process its part, .to_local(), and reduce the losses over the processes, or the whole, .full_tensor()"
+        )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # There is none where nobody has imported its module, which takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return type(tensor) is not Tensor and module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_no_tangent(**tensors: Tensor | None) -> None:
+    """Raise a NotImplementedError for tensors that carry a tangent of forward-mode AD, which would be lost."""
+    if getattr(forward_ad, "_current_level", 0) < 0:  # outside any dual level, as nearly always
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
+                f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
+            )
+
+
+def check_readable(**tensors: Tensor | None) -> None:
+    """Raise a TypeError for tensors without memory of their own, which a kernel would read at address 0.
+
+    Such are subclasses that hold other tensors, and what ``torch.func`` and functionalisation wrap tensors in.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not _has_memory(tensor):
+            raise TypeError(
+                f"{name} must have its values in memory of its own, which the kernels read: got a "
+                f"{type(tensor).__name__} without, as in torch.func, vmap, FakeTensorMode or a wrapper of other tensors"
+            )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0 or tensor.is_meta  # on meta, launches are only recorded
+    except RuntimeError:  # there is no pointer to ask for
+        return False
+
+
+def without_lazy_bits(tensor: Tensor | None) -> Tensor | None:
+    """The same values as they lie in memory: PyTorch may only have noted that they are negated, or all 0."""
+    if tensor is None:
+        return None
+    tensor = tensor.resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor

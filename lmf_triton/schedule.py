@@ -1,0 +1,162 @@
+"""LDAM's deferred re-weighting: which class weights hold at which epoch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .counts import ClassCounts
+from .margins import class_balanced_weights
+from .modules import LossModule
+
+
+class DeferredReweighting:
+    """LDAM's schedule (DRW): train unweighted first, with class-balanced weights from ``start_epoch`` on.
+
+    It writes into the ``weight`` buffer of a loss: any of this package's, or ``nn.CrossEntropyLoss``. A loss that was
+    built without one gets a buffer of ones, which changes no value, so that its ``state_dict`` has the same keys in
+    both stages and a resumed run needs nothing but ``step``::
+
+        criterion = LDAMLoss(class_counts).to(device)
+        schedule = DeferredReweighting(criterion, class_counts, start_epoch=160)
+        for epoch in range(200):
+            schedule.step(epoch)
+            ...
+
+    The first stage has the weights that the loss was built with, or was assigned: neither an earlier schedule nor a
+    checkpoint of the second stage changes what a schedule starts from. A tensor that the caller handed to the loss is
+    never written to.
+
+    Args:
+        criterion: the loss, a module with a buffer ``weight``, ``(C,)`` or ``None``.
+        class_counts: training samples of each class, as for :func:`lmf_triton.ldam_margins`.
+        start_epoch: first epoch with class-balanced weights; >= 0. LDAM's authors take 160 of 200.
+        beta: of :func:`lmf_triton.class_balanced_weights`.
+        device: where the weights shall be. ``None`` is where the loss is. Only a loss of another library without
+            weights, such as ``nn.CrossEntropyLoss()``, does not know where it was moved: its weights are put where
+            ``class_counts`` are, if that is a tensor, else on PyTorch's default device.
+
+    Raises:
+        TypeError: the criterion has no buffer ``weight``, or an argument is of the wrong type.
+        ValueError: ``start_epoch`` is negative, the weight's length is not C, or as ``class_balanced_weights``; or what
+            the first stage starts from cannot be told, since the criterion's weights are those of the second already.
+
+    References:
+        Cao et al. 2019, algorithm 1, with the weights of Cui et al. 2019.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        class_counts: ClassCounts,
+        *,
+        start_epoch: int,
+        beta: float = 0.9999,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        if "weight" not in getattr(criterion, "_buffers", {}):
+            raise TypeError(f"criterion must be a loss module with a buffer 'weight', got {type(criterion).__name__}")
+        _check_epoch("start_epoch", start_epoch)
+        self.criterion = criterion
+        self.start_epoch = start_epoch
+        where_counts_are = class_counts.device if isinstance(class_counts, Tensor) else torch.get_default_device()
+        with torch.device("cpu"):  # not meta, where it would have no values
+            self._deferred = class_balanced_weights(class_counts, beta=beta)
+        self._initial = _initial_weight(criterion, self._deferred)
+        if self._initial.shape != self._deferred.shape:
+            raise ValueError(
+                f"class_counts must have one count for each of the loss's {len(self._initial)} class weights, "
+                f"got {len(self._deferred)}"
+            )
+        if criterion.weight is None or device is not None:
+            known = _device_of(criterion) if device is None else device
+            criterion.weight = self._initial  # ours keeps a copy, with which it makes its weight again after to_empty
+            criterion._buffers["weight"] = self._initial.to(where_counts_are if known is None else known, copy=True)
+            if known is None:
+                criterion.register_forward_pre_hook(_check_device)
+        self._own_weight()
+
+    def step(self, epoch: int) -> None:
+        """Set the weights of this epoch, the first being 0. In place: a captured CUDA graph sees them too."""
+        _check_epoch("epoch", epoch)
+        if self.criterion.weight.is_meta:
+            raise RuntimeError(
+                "the loss is on the meta device, where weights have no values: materialise it, then step"
+            )
+        self._own_weight()
+        with torch.no_grad():
+            self.criterion.weight.copy_(self._initial if epoch < self.start_epoch else self._deferred)
+
+    def _own_weight(self) -> None:
+        """See to it that what is written to is no tensor of the caller's, who may share it with a second loss."""
+        criterion = self.criterion
+        if isinstance(criterion, LossModule):  # copies what it is given
+            return
+        mark = criterion.__dict__.get("_reweighting")
+        if mark is None or mark.buffer is not criterion.weight:
+            criterion.weight = criterion.weight.detach().clone()
+        criterion._reweighting = _Mark(criterion.weight, self._initial, self._deferred)
+
+
+class _Mark(NamedTuple):
+    """What a schedule leaves on a loss of another library, for the schedules after it."""
+
+    buffer: Tensor  # its weight, which no one else had when it was made
+    initial: Tensor
+    deferred: Tensor
+
+
+def _initial_weight(criterion: nn.Module, deferred: Tensor) -> Tensor:
+    """A copy of the weights that the criterion had before any schedule wrote to them; ones where it had none."""
+    ones = torch.ones_like(deferred)
+    weight = criterion.weight
+    if isinstance(criterion, LossModule):
+        weight = criterion._given_weight
+    elif weight is not None:
+        mark = criterion.__dict__.get("_reweighting")
+        if mark is not None and (
+            _same(weight, mark.initial) or _same(weight, mark.deferred) or _same(weight, deferred)
+        ):
+            weight = mark.initial
+        elif _same(weight, deferred) and not _same(weight, ones):
+            raise ValueError(
+                f"the weights of {type(criterion).__name__} are the class-balanced ones already, as in a checkpoint of "
+                "the second stage: make the schedule first, then load the checkpoint"
+            )
+    if weight is None:
+        return ones
+    if weight.is_meta:
+        raise ValueError(
+            "the weights that the loss was built with are on the meta device and have no values: assign "
+            "criterion.weight, then make the schedule"
+        )
+    return weight.detach().clone()
+
+
+def _same(weight: Tensor, written: Tensor) -> bool:
+    """Whether these weights are what a schedule wrote, wherever the loss was moved since then."""
+    return weight.shape == written.shape and not weight.is_meta and torch.equal(written.to(weight), weight)
+
+
+def _device_of(criterion: nn.Module) -> torch.device | None:
+    """Where a loss without weights is, as far as it knows."""
+    if isinstance(criterion, LossModule):
+        return criterion._device
+    return next((tensor.device for tensor in (*criterion.buffers(), *criterion.parameters())), None)
+
+
+def _check_device(criterion: nn.Module, inputs: tuple) -> None:
+    """Before the forward pass of a loss that could not tell where it was moved."""
+    logits, weight = next((x for x in inputs if isinstance(x, Tensor)), None), criterion.weight
+    if logits is not None and weight is not None and logits.device != weight.device:
+        raise ValueError(
+            f"the class weights of DeferredReweighting are on {weight.device}, the input is on {logits.device}: "
+            f"{type(criterion).__name__} did not know its device; make the schedule with device={str(logits.device)!r}"
+        )
+
+
+def _check_epoch(name: str, epoch: int) -> None:
+    if not isinstance(epoch, int):
+        raise TypeError(f"{name} must be an integer, got {epoch!r} of type {type(epoch).__name__}")
+    if epoch < 0:
+        raise ValueError(f"{name} must be at least 0, got {epoch}")

@@ -1,0 +1,365 @@
+"""Promise: what a user hands in is read as what it is or refused, stays the user's, and what comes back is theirs."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import make_case
+from torch import nn
+from torch.masked import masked_tensor
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import lmf_triton
+from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_margins, lmf_loss
+
+REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
+MODES = [True, False]
+TENSORS = ["logits", "target", "margins", "weight"]
+
+
+def arguments(device) -> dict[str, torch.Tensor]:
+    """All tensors of one call: nothing divides 33 rows of 7, one sample is ignored and one confident."""
+    case = make_case((33, 7), torch.float32).to(device)
+    weight = torch.linspace(0.5, 2.0, 7, device=device)
+    return {"logits": case.logits, "target": case.target, "margins": case.margins, "weight": weight}
+
+
+def loss_and_grad(arguments, upstream=None, **options):
+    logits = arguments["logits"].detach().requires_grad_()
+    loss = lmf_loss(**(arguments | {"logits": logits}), **options)
+    (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), grad
+
+
+def noted_negation(x):
+    """The same values; in memory are their negatives."""
+    lazy = torch._neg_view(-x)
+    assert lazy.is_neg()
+    return lazy
+
+
+# --- Tensors that are not what lies in their memory ---
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_a_negation_that_pytorch_only_noted(device, name, grad_in_forward):
+    given = arguments(device)
+    lazy = given | {name: noted_negation(given[name])}
+    for expected, actual in zip(
+        loss_and_grad(given, grad_in_forward=grad_in_forward),
+        loss_and_grad(lazy, grad_in_forward=grad_in_forward),
+        strict=True,
+    ):
+        assert torch.equal(expected, actual)
+
+
+def test_the_imaginary_part_of_a_conjugate(device):
+    """Where people meet it, with the gradient going on to the complex tensor."""
+    case = make_case((33, 7), torch.float32).to(device)
+    z = torch.complex(torch.zeros_like(case.logits), -case.logits).requires_grad_()
+    logits = z.conj().imag
+    assert logits.is_neg()
+    lmf_loss(logits, case.target, case.margins).backward()
+    _, expected = loss_and_grad({"logits": case.logits, "target": case.target, "margins": case.margins})
+    assert torch.equal(z.grad.imag, -expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_graph):
+    options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
+    given = arguments(device)
+    logits = given["logits"].requires_grad_()
+    upstream = torch.linspace(-1, 2, 33, device=device) if reduction == "none" else torch.tensor(0.7, device=device)
+    _, expected = loss_and_grad(given, upstream, **options)
+    for lazy, factor in (noted_negation(upstream), 1.0), (torch._efficientzerotensor(upstream.shape).to(device), 0.0):
+        loss = lmf_loss(**given, **options)
+        (grad,) = torch.autograd.grad(loss, logits, lazy, retain_graph=retain_graph)
+        torch.testing.assert_close(grad, factor * expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["logits", "margins"])
+def test_zeros_that_pytorch_only_noted(device, name):
+    given = arguments(device)
+    zeros = torch.zeros_like(given[name])
+    lazy = torch._efficientzerotensor(zeros.shape, device=device)
+    assert torch.equal(lmf_loss(**(given | {name: lazy})), lmf_loss(**(given | {name: zeros})))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("layout", [torch.sparse_coo, "nested"], ids=str)
+def test_other_layouts_are_refused(device, name, layout):
+    given = arguments(device)
+    tensor = given[name]
+    if layout == "nested":
+        other = torch.nested.nested_tensor(list(tensor)) if tensor.ndim > 1 else torch.nested.nested_tensor([tensor])
+    else:
+        other = tensor.to_sparse()
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor.*(nested|sparse_coo).*to_dense"):
+        lmf_loss(**(given | {name: other}))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("wrap", [lambda t: TwoTensor(t, t), lambda t: masked_tensor(t, t > 0)], ids=["two", "masked"])
+def test_the_kernels_refuse_tensors_without_memory_of_their_own(triton_device, name, wrap):
+    """Their address is 0: on a GPU, reading it would take the whole process's context down."""
+    given = arguments(triton_device)
+    with pytest.raises(TypeError, match=f"{name} must have its values in memory of its own.*(Two|Masked)Tensor"):
+        lmf_loss(**(given | {name: wrap(given[name])}))
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.functionalize], ids=lambda f: f.__name__)
+def test_the_kernels_refuse_what_torch_func_wraps(triton_device, transform):
+    given = arguments(triton_device)
+    batch = given.pop("logits").expand(2, 33, 7) if transform is torch.func.vmap else given.pop("logits")
+    with pytest.raises(TypeError, match=r"logits must have its values in memory of its own.*torch\.func"):
+        transform(lambda x: lmf_loss(x, **given))(batch)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """Two ranks of which this process is the first: the second is not needed to place a tensor."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("sharded", [True, False])
+def test_dtensors_are_refused(device, mesh, name, sharded):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    given = arguments("cpu")
+    placement = Shard(0) if sharded and name in ("logits", "target") else Replicate()
+    distributed = DTensor.from_local(given[name], mesh, [placement], run_check=False)
+    with pytest.raises(TypeError, match=rf"(logits|{name}) must be an ordinary tensor.*to_local.*full_tensor"):
+        lmf_loss(**(given | {name: distributed}))
+    with pytest.raises(TypeError, match=r"to_local.*full_tensor"):
+        FocalLoss(weight=DTensor.from_local(given["weight"], mesh, [Replicate()], run_check=False))
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_lengths_are_compared_rightly_under_torch_compile(dynamic):
+    """Symbolic, margins as a bare tensor: of the right length they pass, of another they are refused."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:  # Dynamo cannot look into Triton's interpreter
+        patch.setattr(lmf_triton.functional, "_backend", lambda logits: lmf_triton.cpu)
+        compiled = torch.compile(lmf_loss, dynamic=dynamic, backend="eager")
+        for n_classes in (3, 5, 8):
+            generator = torch.Generator().manual_seed(n_classes)
+            logits, margins = torch.randn(6, n_classes, generator=generator), torch.rand(n_classes, generator=generator)
+            target = torch.randint(n_classes, (6,), generator=generator)
+            expected = lmf_loss(logits, target, margins, weight=margins)
+            torch.testing.assert_close(compiled(logits, target, margins, weight=margins), expected)
+            with pytest.raises(ValueError, match=r"margins must have one value a class"):
+                compiled(logits, target, margins[1:], weight=margins)
+
+
+@pytest.mark.parametrize("path", sorted(Path(lmf_triton.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_size_is_tested_by_in(path):
+    """``n in (None, len(x))`` is answered wrongly for a symbolic n; so no container made on the spot holds a size."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare) and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
+            for comparator in node.comparators:
+                inside = [getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(comparator)]
+                assert not {"len", "shape", "numel", "size", "ndim"} & set(inside), f"line {node.lineno}"
+
+
+# --- What a user hands in stays the user's ---
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_no_argument_is_written_to(device, reduction, grad_in_forward, scale):
+    given = arguments(device)
+    upstream = torch.full((33,) if reduction == "none" else (), 0.3, device=device)
+    before = {name: tensor.clone() for name, tensor in given.items()} | {"upstream": upstream.clone()}
+    versions = {name: tensor._version for name, tensor in given.items()}
+    loss_and_grad(given, upstream, reduction=reduction, grad_in_forward=grad_in_forward, scale=scale)
+    for name, tensor in (given | {"upstream": upstream}).items():
+        assert torch.equal(tensor, before[name])
+    assert {name: tensor._version for name, tensor in given.items()} == versions
+
+
+def storage(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("make", [lambda w: LMFLoss([3, 2, 1], weight=w), lambda w: LDAMLoss([3, 2, 1], weight=w)])
+def test_buffers_alias_no_argument(make):
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    first, second = make(weight), make(weight)
+    assigned = FocalLoss()
+    assigned.weight = weight
+    buffers = [first.weight, second.weight, assigned.weight]
+    assert len({storage(tensor) for tensor in (*buffers, weight)}) == 4
+    weight.zero_()
+    assert all(buffer.tolist() == [1.0, 2.0, 3.0] for buffer in buffers)
+
+
+def test_margins_and_counts_alias_nothing():
+    counts = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    criterion = LMFLoss(counts)
+    margins = ldam_margins(counts)
+    criterion.margins = margins
+    assert storage(criterion.margins) != storage(margins)
+    counts.fill_(7.0)
+    criterion.reset_parameters()
+    assert torch.equal(criterion.margins, ldam_margins([3, 2, 1]))
+
+
+@pytest.mark.parametrize("make_loss", [nn.CrossEntropyLoss, FocalLoss], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_schedule_never_writes_to_the_callers_weights(make_loss, when):
+    """Nor into a second loss that shares them; whether they came before the schedule or were assigned after it."""
+    counts, shared = [500, 40, 3], torch.tensor([1.0, 2.0, 3.0])
+    criterion = make_loss(weight=shared if when == "before" else None)
+    second = make_loss(weight=shared)
+    schedule = DeferredReweighting(criterion, counts, start_epoch=1)
+    if when == "after":
+        criterion.weight = shared
+    schedule.step(1)
+    assert shared.tolist() == second.weight.tolist() == [1.0, 2.0, 3.0]
+    assert criterion.weight.tolist() != [1.0, 2.0, 3.0]
+
+
+# --- A kept gradient that someone else has too ---
+
+
+def test_hooks_on_saved_tensors_keep_what_they_kept(device):
+    """Whatever a hook stored is the hook's: backward neither scales it nor hands it out."""
+    given = arguments(device)
+    stored: list[torch.Tensor] = []
+
+    def pack(tensor):
+        stored.append(tensor)
+        return len(stored) - 1
+
+    logits = given["logits"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, stored.__getitem__):
+        loss = lmf_loss(**given)
+    before = [tensor.clone() for tensor in stored]
+    for _ in range(2):
+        logits.grad = None
+        loss.backward(torch.tensor(3.0, device=device), retain_graph=_ == 0)
+        logits.grad.zero_()
+    assert any(tensor.shape == logits.shape for tensor in stored)
+    assert all(map(torch.equal, stored, before))
+
+
+@pytest.mark.parametrize("value", [1.0, 3.0])
+@pytest.mark.parametrize("hold", [lambda t: t, torch.Tensor.detach, lambda t: t[:1]], ids=["itself", "alias", "part"])
+def test_a_saved_tensor_that_a_user_looked_at(device, value, hold):
+    """``grad_fn.saved_tensors`` hands it to anyone: a debugger, a plot of the graph."""
+    given = arguments(device)
+    logits = given["logits"].requires_grad_()
+    loss = lmf_loss(**given)
+    (kept,) = [hold(t) for t in loss.grad_fn.saved_tensors if t.shape == logits.shape]
+    before = kept.clone()
+    loss.backward(torch.tensor(value, device=device))
+    logits.grad.zero_()
+    assert torch.equal(kept, before)
+
+
+def test_selective_checkpointing_that_must_save_the_gradient(triton_device):
+    """Everything may be saved on a GPU; the interpreter itself computes with tensors, which may not."""
+    given = arguments(triton_device)
+    stored: list[torch.Tensor] = []
+
+    def policy(context, operator, *args, **kwargs):
+        is_gradient = operator is torch.ops.aten.empty_like.default and args[0].shape == logits.shape
+        return CheckpointPolicy.MUST_SAVE if is_gradient else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts():
+        # The interpreter lets PyTorch see that the kernels write the same values again.
+        caching, cached = create_selective_checkpoint_contexts(policy, allow_cache_entry_mutation=True)
+        stored.append(caching)
+        return caching, cached
+
+    logits = given["logits"].requires_grad_()
+    loss = checkpoint(lambda x: lmf_loss(**(given | {"logits": x})), logits, use_reentrant=False, context_fn=contexts)
+    kept = [entry for entry in tensors_of(stored[0]) if entry.shape == logits.shape]
+    before = [tensor.clone() for tensor in kept]
+    assert kept
+    loss.backward(torch.tensor(3.0, device=triton_device))
+    assert all(map(torch.equal, kept, before))
+    _, expected = loss_and_grad(given, torch.tensor(3.0, device=triton_device))
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def tensors_of(mode) -> list[torch.Tensor]:
+    """What a caching mode of selective checkpointing has stored."""
+    found = []
+    for outputs in mode.storage.values():
+        for leaf in torch.utils._pytree.tree_leaves(list(outputs.values()) if isinstance(outputs, dict) else outputs):
+            value = getattr(leaf, "val", leaf)
+            found += [value] if isinstance(value, torch.Tensor) else []
+    return found
+
+
+# --- What comes back is the user's ---
+
+
+IN_PLACE = {
+    "masked": lambda loss: loss.masked_fill_(torch.arange(loss.numel(), device=loss.device).view(loss.shape) < 3, 0.0),
+    "assigned": lambda loss: loss.__setitem__(..., 2 * loss.detach()) if loss.ndim == 0 else loss.__setitem__(0, 0.0),
+    "scaled": lambda loss: loss.mul_(3.0),
+    "added": lambda loss: loss.add_(1.0),
+    "divided": lambda loss: loss.div_(4.0),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("shape", [(33, 7), (7,), (2, 5, 3, 4)], ids=str)
+def test_the_loss_may_be_changed_in_place(device, shape, reduction, grad_in_forward, change):
+    case = make_case(shape, torch.float32).to(device)
+
+    def gradient(in_place: bool):
+        logits = case.logits.detach().clone().requires_grad_()
+        loss = lmf_loss(logits, case.target, case.margins, reduction=reduction, grad_in_forward=grad_in_forward)
+        loss = loss if in_place else loss * 1.0
+        change(loss)
+        loss.sum().backward()
+        return logits.grad if logits.grad is not None else torch.zeros_like(logits)
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_loss_without_gradient_may_be_changed_in_place(device, reduction):
+    given = arguments(device)
+    with torch.no_grad():
+        loss = lmf_loss(**given, reduction=reduction)
+        expected = 3 * loss
+        loss.mul_(3)
+    assert torch.equal(loss, expected)
+    assert not loss._is_view()
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_the_gradient_may_be_changed_in_place(device, grad_in_forward):
+    """With ``create_graph`` too, where it has a history."""
+    given = arguments(device)
+    _, expected = loss_and_grad(given)
+    logits = given["logits"].requires_grad_()
+    (grad,) = torch.autograd.grad(lmf_loss(**given, grad_in_forward=grad_in_forward), logits, create_graph=True)
+    grad.mul_(2).add_(1)
+    torch.testing.assert_close(grad.detach(), 2 * expected + 1)
+
+
+def test_every_tensor_argument_is_tried_here():
+    """A new one belongs into ``TENSORS``."""
+    annotations = {name: str(p.annotation) for name, p in inspect.signature(lmf_loss).parameters.items()}
+    assert [name for name, annotation in annotations.items() if "Tensor" in annotation] == TENSORS
