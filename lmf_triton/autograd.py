@@ -100,26 +100,13 @@ def _holders(saved: list[Tensor]) -> tuple[int, int, int] | None:
         return None
 
 
-class _KeptTensor(Function):
-    """Keeps a tensor as ``LMFFunction`` does, and counts in backward who holds it when nobody else does."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x.new_empty(0), torch.empty_like(x))
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> Tensor:
-        _, *saved = ctx.saved_tensors
-        _KeptTensor.holders = _holders(saved)
-        return upstream
-
-
 def _holders_of_ours() -> tuple[int, int, int] | float:
-    """What ``_holders`` says of a tensor that only our graph holds. Counted: versions of Python and PyTorch differ."""
-    with torch.inference_mode(False), torch.enable_grad():
-        _KeptTensor.apply(torch.zeros(1, device="cpu", requires_grad=True)).backward()
-    return float("nan") if _KeptTensor.holders is None else _KeptTensor.holders  # NaN equals nothing: always copy
+    """What ``_holders`` says of a tensor that a graph holds and nobody else. Versions of Python and PyTorch differ."""
+    with torch.inference_mode(False):
+        holder = torch.zeros(1, device="cpu", requires_grad=True)
+        holder.grad = torch.zeros_like(holder)  # held in C++, as what is saved for backward is
+        holders = _holders([holder.grad])
+    return float("nan") if holders is None else holders  # NaN equals nothing: always a copy
 
 
 _HOLDERS_OF_OURS = _holders_of_ours()

@@ -45,6 +45,7 @@ class DeferredReweighting:
         Cao et al. 2019, algorithm 1, with the weights of Cui et al. 2019.
     """
 
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside
     def __init__(
         self,
         criterion: nn.Module,

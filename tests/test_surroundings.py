@@ -123,6 +123,9 @@ def test_loss_and_gradient_are_the_same_to_the_bit(device, surroundings, reducti
 def test_a_loss_built_in_inference_mode_trains():
     with torch.inference_mode():
         criterion = LMFLoss(FLOATS, weight=WEIGHT.clone(), reduction="none")
+        schedules = [DeferredReweighting(c, FLOATS, start_epoch=0) for c in (FocalLoss(), nn.CrossEntropyLoss())]
+    for schedule in schedules:
+        schedule.step(0)
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     criterion(logits, torch.tensor([0, 1, 4])).sum().backward()
     DeferredReweighting(criterion, FLOATS, start_epoch=0).step(0)
