@@ -12,6 +12,7 @@ import pytest
 from openpyxl import Workbook
 from PIL import Image
 
+from benchmarks.accuracy import fingerprint
 from benchmarks.accuracy.data import (
     DATASETS,
     DIGITS_LONG_TAIL,
@@ -38,12 +39,21 @@ def write_sheet(path: Path, *rows: Sequence[object], delimiter: str = ",") -> No
 
 
 def colors(dataset: Dataset) -> list[tuple[int, int, int]]:
-    """Which of the four colours each image has; JPEG changes them a little."""
+    """Which of the four colours each image has; JPEG changes them a little. Its file is the one that is read."""
+    assert_files_are_read(dataset)
     palette = np.array([RED, GREEN, BLUE, GREY])
     means = [np.asarray(dataset.read(i).convert("RGB")).mean((0, 1)) for i in range(len(dataset))]
     distances = np.array([np.abs(palette - mean).max(1) for mean in means])
     assert distances.min(1).max() < 5
     return [tuple(palette[i].tolist()) for i in distances.argmin(1)]
+
+
+def assert_files_are_read(dataset: Dataset) -> None:
+    """The files that tell these images from others are those of the images, in the same order."""
+    assert len(dataset.files) == len(dataset)
+    for i, path in enumerate(dataset.files):
+        image = dataset.read(i)
+        assert np.array_equal(np.asarray(Image.open(path).convert(image.mode)), np.asarray(image))
 
 
 def class_of_each(dataset: Dataset) -> list[str]:
@@ -202,6 +212,7 @@ def write_elpv(folder: Path) -> None:
 def assert_is_written_elpv(dataset: Dataset) -> None:
     assert class_of_each(dataset) == ["defect 1", "defect 0", "defect 1/3", "defect 2/3"]
     assert dataset.labels.tolist() == [3, 0, 1, 2]
+    assert_files_are_read(dataset)
     images = [dataset.read(i) for i in range(4)]
     assert {(image.mode, image.size) for image in images} == {("L", (300, 300))}
     assert [image.getpixel((7, 7)) for image in images] == [0, 50, 100, 150]
@@ -279,6 +290,8 @@ def test_dermamnist_of_another_size(tmp_path):
     write_dermamnist(tmp_path / "dermamnist_64.npz", size=64)
     assert load("dermamnist", tmp_path).read(0).size == (28, 28)
     assert load("dermamnist", tmp_path / "dermamnist_64.npz").read(0).size == (64, 64)
+    small, large = (fingerprint.of_data(load("dermamnist", tmp_path / f"dermamnist{name}.npz")) for name in ("", "_64"))
+    assert [name for name in small if small[name] != large[name]] == ["image contents"]
     (tmp_path / "dermamnist.npz").unlink()
     assert load("dermamnist", tmp_path).read(0).size == (64, 64)
 

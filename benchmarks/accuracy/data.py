@@ -50,6 +50,7 @@ class Dataset:
     read: Callable[[int], Image.Image]  # the i-th image, mode "L" or "RGB"
     source: str
     licence: str
+    files: Sequence[Path] | None = None  # of the images, where each has its own
     groups: np.ndarray | None = None  # (N,) int64: images of one lesion or patient must share a part of the split
     is_test: np.ndarray | None = None  # (N,) bool: an official test set, kept whole
     long_tail: tuple[int, ...] | None = None  # training + validation images to draw of each class
@@ -222,6 +223,7 @@ def load_elpv(data: Path | None) -> Dataset:
         class_names=ELPV_CLASSES,
         labels=np.array([label for _, label in cells], dtype=np.int64),
         read=lambda i: _open(paths[i], "L"),
+        files=paths,
         **ELPV._asdict(),
     )
 
@@ -267,6 +269,7 @@ def load_ham10000(data: Path | None) -> Dataset:
         class_names=HAM10000_CLASSES,
         labels=np.array([HAM10000_CLASSES.index(row["dx"]) for row in rows], dtype=np.int64),
         read=lambda i: _open(paths[i], "RGB"),
+        files=paths,
         groups=_group_numbers(row["lesion_id"] for row in rows),
         **HAM10000._asdict(),
     )
@@ -288,6 +291,7 @@ def load_isic2019(data: Path | None) -> Dataset:
         class_names=class_names,
         labels=np.array([class_names.index(name) for name in classes], dtype=np.int64),
         read=lambda i: _open(paths[i], "RGB"),
+        files=paths,
         groups=_isic2019_groups([row["image"] for row in rows], sheet.with_name(ISIC2019_LESIONS)),
         **ISIC2019._asdict(),
     )
@@ -311,6 +315,7 @@ def load_odir5k(data: Path | None) -> Dataset:
         class_names=ODIR5K_CLASSES,
         labels=np.array([ODIR5K_CLASSES.index(eye.class_name) for eye in eyes], dtype=np.int64),
         read=lambda i: _open(paths[i], "RGB"),
+        files=paths,
         groups=_group_numbers(eye.patient for eye in eyes),
         **ODIR5K._asdict(),
     )
@@ -335,6 +340,7 @@ def load_folder(data: Path | None) -> Dataset:
         class_names=tuple(folder.name for folder in folders),
         labels=np.array(labels, dtype=np.int64),
         read=lambda i: _open(paths[i], "RGB"),
+        files=paths,
         **FOLDER._asdict(),
     )
 
