@@ -1,8 +1,8 @@
 """The networks: images -> encoder -> features -> head -> logits. A frozen encoder computes its features only once."""
 
-import hashlib
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.accuracy import fingerprint
 from benchmarks.accuracy.data import Dataset
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,7 +26,6 @@ HEADS = ("linear", "normalised")
 HEAD_SCALE = 30.0  # of the cosines of a normalised head: LDAM's
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's; EfficientNet's 0.01 would not reach the new data's statistics in a few epochs
 ENCODING_BATCH = 64
-FINGERPRINT_IMAGES = 16
 
 
 class MissingModel(Exception):
@@ -110,6 +110,12 @@ class Model:
         return nn.Sequential(encoder, make_head(head, encoder.n_features, n_classes)).to(
             memory_format=torch.channels_last
         )
+
+    def weights_digest(self, weights: Path | None) -> str:
+        """Of the encoder before training: its pretrained weights, or those that a fixed seed draws."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            return fingerprint.of_weights(self.make_encoder(weights))
 
     def on_images(self, network: nn.Module, weights: Path | None) -> nn.Module:
         """The same network from images to logits: with a frozen encoder before the head."""
@@ -234,15 +240,39 @@ def load_inputs(model: Model, dataset: Dataset, cache: Path, weights: Path | Non
     """
     if not model.is_frozen:
         return read_images(model, dataset)
-    path = cache / f"{dataset.name}-{model.name}-{_fingerprint(model, dataset, weights)}.npy"
-    if not path.exists():
-        features = encode(model.make_encoder(weights).to(device), read_images(model, dataset))
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / ".gitignore").write_text("*\n")
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, features.numpy())
+    encoder = model.make_encoder(weights)
+    path = cache / f"{dataset.name}-{model.name}-{_features_fingerprint(model, dataset, encoder)}.npz"
+    features = _read_features(path, len(dataset))
+    if features is None:
+        features = encode(encoder.to(device), read_images(model, dataset)).numpy()
+        _write_features(path, features)
+    return torch.from_numpy(features)
+
+
+def _features_fingerprint(model: Model, dataset: Dataset, encoder: Encoder) -> str:
+    """Of what features depend on, besides the code, the versions of packages and the device: those are trusted."""
+    parts = (fingerprint.of_images(dataset), fingerprint.of_weights(encoder), model.image_mode, str(model.image_size))
+    return fingerprint.digest(part.encode() for part in parts)
+
+
+def _read_features(path: Path, n_images: int) -> np.ndarray | None:
+    """The cached features; ``None`` where there are none, or the file is damaged, which its checksum tells."""
+    try:
+        with np.load(path) as arrays:
+            features = arrays["features"]
+    except Exception:  # a byte changed here or there raises a dozen kinds
+        return None
+    return features if len(features) == n_images else None
+
+
+def _write_features(path: Path, features: np.ndarray) -> None:
+    """Replace the file as a whole; commands that compute the same features at once each write a file of their own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / ".gitignore").write_text("*\n")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        np.savez(partial, features=features)
         os.replace(partial, path)
-    return torch.from_numpy(np.load(path))
 
 
 def read_images(model: Model, dataset: Dataset) -> Tensor:
@@ -271,13 +301,3 @@ def encode(encoder: Encoder, images: Tensor) -> Tensor:
     device = encoder.mean.device
     batches = tqdm(images.split(ENCODING_BATCH), "features", leave=False)
     return torch.cat([encoder(batch.to(device)).cpu() for batch in batches])
-
-
-def _fingerprint(model: Model, dataset: Dataset, weights: Path | None) -> str:
-    """Tells cached features of other data or weights apart, from the labels and some of the images."""
-    digest = hashlib.sha256(dataset.labels.tobytes())
-    for index in np.linspace(0, len(dataset) - 1, FINGERPRINT_IMAGES).astype(int):
-        digest.update(read_image(model, dataset, int(index)).tobytes())
-    if weights is not None:
-        digest.update(weights.read_bytes())
-    return digest.hexdigest()[:12]
