@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
-_absent = [name for name in ("captum", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm") if not find_spec(name)]
+_MODULES = ("captum", "filelock", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm")
+_absent = [name for name in _MODULES if not find_spec(name)]
 if _absent:
     raise ImportError(f"benchmarks.accuracy needs {', '.join(_absent)}: pip install -e '.[accuracy]'")

@@ -39,9 +39,10 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
     runs = {run.key: run for run in results.read_runs(folder, names) if run.key not in lost}
     pending = [key for key in keys if key not in runs]
     if pending:
-        results.record_settings(folder, settings, command.environment(task.device))
+        results.record_settings(folder, settings, command.environment(task))
     for loss, seed in tqdm(pending, "losses x seeds", total=len(keys), initial=len(runs), unit="run"):
         runs[loss, seed] = train_one(task, loss, seed, folder)
+        command.check_weights(task, settings)
         results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
 
 
@@ -119,11 +120,15 @@ def test_note(is_official: bool, sizes: Sequence[int]) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    folder, task = command.output_folder(args), command.make_task(args)
-    settings = command.settings(args, task) | {"losses": list(dict.fromkeys(args.losses))}
-    results.check_settings(folder, settings)
-    train_all(task, settings, folder)
-    print(write_report(task, settings, folder))
+    folder = command.output_folder(args)
+    with results.claim(folder):
+        dataset, model = command.load(args)
+        settings = command.settings(args, dataset, model)
+        settings |= {"losses": list(dict.fromkeys(args.losses)), "seeds": command.seeds(args)}
+        results.check_settings(folder, settings)
+        task = command.make_task(args, dataset, model)
+        train_all(task, settings, folder)
+        print(write_report(task, settings, folder))
     print(folder)
 
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.accuracy import data, models, protocol, results
+from benchmarks.accuracy import data, fingerprint, models, protocol, results
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = measure.ROOT / "benchmarks" / "cache"  # of features; Git ignores it
@@ -23,6 +24,7 @@ USER_ERRORS = (
     models.MissingModel,
     protocol.SplitError,
     results.DifferentSettings,
+    results.FolderInUse,
 )
 
 
@@ -65,18 +67,21 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def make_task(args: argparse.Namespace) -> protocol.Task:
-    """Data and model of the command line, on a GPU where there is one."""
-    protocol.set_up(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
+    """Data and model as the command line wants them."""
     dataset, model = data.load(args.dataset, args.data), models.MODELS[args.model]
     if args.quick:
-        dataset = protocol.shrink(dataset)
-    if args.learning_rate is not None:
-        model = replace(model, learning_rate=args.learning_rate)
+        dataset, model = protocol.shrink(dataset), replace(model, epochs=protocol.QUICK_EPOCHS)
+    options = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    return dataset, replace(model, **{name: value for name, value in options.items() if value is not None})
+
+
+def make_task(args: argparse.Namespace, dataset: data.Dataset, model: models.Model) -> protocol.Task:
+    """What is trained, on a GPU where there is one."""
+    protocol.set_up(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = models.load_inputs(model, dataset, CACHE, args.weights, device)
-    epochs = args.epochs or (protocol.QUICK_EPOCHS if args.quick else model.epochs)
-    return protocol.Task(dataset, model, inputs, epochs, device, weights=args.weights)
+    return protocol.Task(dataset, model, inputs, model.epochs, device, weights=args.weights)
 
 
 def seeds(args: argparse.Namespace) -> list[int]:
@@ -92,31 +97,54 @@ def output_folder(args: argparse.Namespace) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{name}-")) if args.quick else RESULTS / name
 
 
-def settings(args: argparse.Namespace, task: protocol.Task) -> dict[str, object]:
-    """What the results depend on besides code, versions and device."""
+def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Model) -> dict[str, object]:
+    """What the results depend on besides code, versions and device; data, weights and splits as digests."""
     return {
         "dataset": args.dataset,
-        "images": len(task.dataset),
+        "images": len(dataset),
         "model": args.model,
-        "weights": None if args.weights is None else args.weights.name,
-        "image_size": task.model.image_size,
-        "flips": task.model.flips,
-        "seeds": seeds(args),
-        "epochs": task.epochs,
-        "learning_rate": task.model.learning_rate,
+        "image_size": model.image_size,
+        "image_mode": model.image_mode,
+        "flips": model.flips,
+        "epochs": model.epochs,
+        "learning_rate": model.learning_rate,
         "batch_size": protocol.BATCH_SIZE,
         "weight_decay": protocol.WEIGHT_DECAY,
         "step_share": protocol.STEP_SHARE,
         "step_factor": protocol.STEP_FACTOR,
         "drw_share": protocol.DRW_SHARE,
+        "shares": list(protocol.SHARES),
+        "fold_percent": protocol.FOLD_PERCENT,
+        **{loss: repr(protocol.make_criterion(loss, [1] * dataset.n_classes)) for loss in protocol.BASE_LOSSES},
         "threads": args.threads,
         "quick": args.quick,
+        results.DATA: fingerprint.of_data(dataset) | {results.WEIGHTS: model.weights_digest(args.weights)},
+        results.SPLITS: {str(seed): split_digest(dataset, seed) for seed in seeds(args)},
     }
 
 
-def environment(device: torch.device) -> dict[str, object]:
-    """Device, versions, commit and date of this session."""
-    return measure.environment(device) | {package: _version(package) for package in PACKAGES}
+def split_digest(dataset: data.Dataset, seed: int) -> str:
+    """Of the three parts: the same data and seed give others in another version of scikit-learn."""
+    return fingerprint.digest(indices.astype(np.int64).tobytes() for indices in protocol.split(dataset, seed))
+
+
+def check_weights(task: protocol.Task, settings: dict[str, object]) -> None:
+    """Whether the weights are still those of the settings: they are read again for every network.
+
+    Raises:
+        DifferentSettings: they are not.
+    """
+    if task.model.weights_digest(task.weights) != settings[results.DATA][results.WEIGHTS]:
+        raise results.DifferentSettings(
+            f"{task.weights or 'the pretrained weights'} changed during the training; what was trained last is "
+            "not kept. Start again with the former weights, or with another --output."
+        )
+
+
+def environment(task: protocol.Task) -> dict[str, object]:
+    """Device, versions, commit, date and the name of the file of weights of this session."""
+    weights = {"weights": None if task.weights is None else task.weights.name}
+    return measure.environment(task.device) | weights | {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -18,11 +18,10 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from benchmarks.accuracy.protocol import DRW_SUFFIX
-from benchmarks.accuracy.results import Metrics, Run, metrics, replace_file
+from benchmarks.accuracy.results import GRAD_CAM, Metrics, Run, metrics, replace_file
 
 LMF = "lmf"
 CONFIDENCE = 0.95
-GRAD_CAM = "gradcam.json"
 DPI = 150
 MAX_BARS = 5  # classes in the picture of the rarest
 MAX_ANNOTATED = 10  # classes whose confusion matrix still has room for numbers

@@ -1,7 +1,8 @@
 """What a run leaves in its folder, so that anyone can recompute it and an interrupted run can go on.
 
 ``predictions.csv.gz`` has every test prediction, ``metrics.csv`` what follows from them, ``settings.json`` how they
-came about. Files are replaced as a whole: one that a crash interrupts keeps its former content.
+came about and what they depend on. Files are replaced as a whole: one that a crash interrupts keeps its former content.
+One command at a time writes to a folder, and all results in it have one fingerprint.
 """
 
 import csv
@@ -9,19 +10,32 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
+from benchmarks.accuracy import fingerprint
+
 PREDICTIONS, METRICS, SETTINGS = "predictions.csv.gz", "metrics.csv", "settings.json"
+GRAD_CAM = "gradcam.json"
+SWEEP = "sweep.csv"
+LOCK = ".lock"
 EXTENT = ("losses", "seeds")  # settings that say how much to train, and change no result
+DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
+WEIGHTS = "pretrained weights"  # one of the digests of DATA
 
 
 class DifferentSettings(ValueError):
-    """The folder holds results of other settings."""
+    """The folder holds results of other data or settings."""
+
+
+class FolderInUse(Exception):
+    """Another command writes to the folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,38 +81,107 @@ def metrics(run: Run, n_classes: int) -> Metrics:
     )
 
 
-def check_settings(folder: Path, settings: dict) -> None:
-    """Whether a run with these settings may go on in this folder. More losses or seeds than before may be asked for.
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder. The lock is the operating system's, which takes it from a command that dies.
 
     Raises:
-        DifferentSettings: the folder holds results of other settings, or of losses or seeds that are not asked for.
+        FolderInUse: another command has it.
     """
-    if not (folder / SETTINGS).exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderInUse(
+            f"Another command is writing to {folder}. Wait until it has finished, or choose another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: whoever opened it before will not take it for the new one
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()  # where a command failed before it left anything
+
+
+def fingerprint_of(settings: dict) -> str:
+    """The one fingerprint of what a result depends on: all settings but those that say how much to train."""
+    decisive = {name: value for name, value in settings.items() if name not in (*EXTENT, SPLITS)}
+    return fingerprint.digest([json.dumps(decisive, sort_keys=True).encode()])
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Whether results of these settings may be added to this folder. More losses or seeds than before may be asked for.
+
+    Raises:
+        DifferentSettings: the folder holds results of other data or settings, of losses or seeds that are not asked
+            for, or results that do not say what they depend on.
+    """
+    if not any((folder / name).exists() for name in (SETTINGS, METRICS, PREDICTIONS, GRAD_CAM, SWEEP)):
         return
-    earlier = json.loads((folder / SETTINGS).read_text())["settings"]
-    differences = [
-        f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} now"
-        for name in {**earlier, **settings}
-        if name not in EXTENT and earlier.get(name) != settings.get(name)
-    ]
-    differences += [
-        f"{name} {earlier[name]!r} there, {settings[name]!r} now"
-        for name in EXTENT
-        if not set(earlier[name]) <= set(settings[name])
-    ]
-    if differences:
+    content = _read_settings(folder)
+    if "fingerprint" not in content:
         raise DifferentSettings(
-            f"{folder} holds results of other settings: {'; '.join(differences)}. "
+            f"{folder} holds results that do not say which data they are of ({SETTINGS} has no fingerprint, as in "
+            "earlier versions), so that nothing can be added to them. Choose another --output, or remove the folder."
+        )
+    if differences := _differences(content["settings"], settings):
+        raise DifferentSettings(
+            f"{folder} holds results of other data or settings: {'; '.join(differences)}. "
             "Use the same, choose another --output, or remove the folder."
         )
 
 
+def _differences(earlier: dict, settings: dict) -> list[str]:
+    """What keeps results of these settings from standing beside the earlier ones, in words."""
+    compared = {name: None for name in (*earlier, *settings) if name not in (*EXTENT, DATA, SPLITS)}
+    differences = [
+        f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} now"
+        for name in compared
+        if earlier.get(name) != settings.get(name)
+    ]
+    differences += _data_differences(earlier[DATA], settings[DATA])
+    differences += [
+        f"{name} {earlier[name]!r} there, {settings[name]!r} now"
+        for name in EXTENT
+        if name in earlier and name in settings and not set(earlier[name]) <= set(settings[name])
+    ]
+    return differences or [
+        f"seed {seed} splits the same images in another way (by another version of scikit-learn or NumPy)"
+        for seed, split in settings[SPLITS].items()
+        if earlier[SPLITS].get(seed, split) != split
+    ]
+
+
+def _data_differences(earlier: dict, data: dict) -> list[str]:
+    """What of the data differs and, so that nobody looks there, what does not."""
+    other = [name for name in data if earlier.get(name) != data[name]]
+    same = [name for name in data if name not in other and data[name] is not None]
+    parts = (f"other {', '.join(other)}" if other else "", f"but the same {', '.join(same)}" if same else "")
+    return [", ".join(filter(None, parts))] if other else []
+
+
+def _read_settings(folder: Path) -> dict:
+    """What the folder says of its results: nothing where the file is missing or is no JSON."""
+    try:
+        return json.loads((folder / SETTINGS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def record_settings(folder: Path, settings: dict, environment: dict) -> None:
     """Write the settings, and add this session's environment to those of the sessions before it."""
-    path = folder / SETTINGS
-    sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-    content = {"settings": settings, "sessions": [*sessions, environment]}
-    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    content = _read_settings(folder)
+    earlier = content.get("settings", {})
+    merged = earlier | settings | {SPLITS: earlier.get(SPLITS, {}) | settings[SPLITS]}
+    content = {
+        "fingerprint": fingerprint_of(merged),
+        "settings": merged,
+        "sessions": [*content.get("sessions", ()), environment],
+    }
+    replace_file(folder / SETTINGS, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_runs(folder: Path, runs: Sequence[Run], class_names: Sequence[str]) -> None:

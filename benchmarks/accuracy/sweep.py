@@ -8,6 +8,7 @@ it is best, which flatters all settings alike.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -113,16 +114,29 @@ def table(rows: Sequence[dict[str, object]], title: str) -> str:
 
 def main() -> None:
     args = command.make_parser(__doc__).parse_args()
-    folder, task = command.output_folder(args), command.make_task(args)
-    rows = train_all(task, command.seeds(args))
-    constants = {"epochs": task.epochs, "learning_rate": task.model.learning_rate, "flips": task.model.flips}
-    environment = command.environment(task.device)
+    folder = command.output_folder(args)
+    with results.claim(folder):
+        dataset, model = command.load(args)
+        settings = command.settings(args, dataset, model)
+        results.check_settings(folder, settings)
+        task = command.make_task(args, dataset, model)
+        rows = train_all(task, command.seeds(args))
+        command.check_weights(task, settings)
+        write_report(rows, task, settings, folder)
+    print(folder)
+
+
+def write_report(rows: Sequence[dict[str, object]], task: protocol.Task, settings: dict, folder: Path) -> None:
+    """Rows with all that they depend on, and their table, which is printed as well."""
+    constants = {name: settings[name] for name in ("epochs", "learning_rate", "flips")}
+    constants["fingerprint"] = results.fingerprint_of(settings)
+    environment = command.environment(task)
+    results.record_settings(folder, settings, environment)
     lines = [row | constants | environment for row in rows]
-    results.replace_file(folder / "sweep.csv", results.csv_text(lines).encode())
-    text = table(rows, f"{args.dataset}, {args.model}")
+    results.replace_file(folder / results.SWEEP, results.csv_text(lines).encode())
+    text = table(rows, f"{settings['dataset']}, {settings['model']}")
     results.replace_file(folder / "sweep.md", text.encode())
     print(text)
-    print(folder)
 
 
 if __name__ == "__main__":
