@@ -146,7 +146,7 @@ def rename_a_class(data: Path) -> None:
 
 
 CHANGES = {
-    replace_all: "other image contents, but the same image names, labels, class names, pretrained weights",
+    replace_all: "other image contents, but the same image names, labels, class names, weights",
     replace_one: "other image contents, but the same image names, labels,",
     swap_two: "other image contents, but the same image names, labels,",
     correct_a_label: "other image names, labels, but the same image contents,",
@@ -167,7 +167,7 @@ def test_quite_other_data_have_nothing_the_same(finished, frozen, tmp_path, refu
     for i in range(60):
         write_image(tmp_path / "others" / "abc"[i % 3] / f"{i}.png", np.random.default_rng(i), 60)
     message = refused(run, tmp_path / "others", finished[1])
-    assert ": other image names, image contents, labels, class names, pretrained weights. Use" in message
+    assert ": other image names, image contents, labels, class names, weights. Use" in message
 
 
 GROUPS = np.arange(60) // 2
@@ -289,8 +289,8 @@ def test_weights_are_told_apart_by_their_content_not_their_name(finished_once, t
     run(data, output, "--weights", str(frozen))
     frozen.write_text("2")
     message = refused(run, data, output, "--weights", str(frozen))
-    assert "other pretrained weights, but the same image names, image contents" in message
-    assert "other pretrained weights" in refused(run, data, output)
+    assert "other weights, but the same image names, image contents" in message
+    assert "other weights" in refused(run, data, output)
     renamed = tmp_path / "renamed.pth"
     renamed.write_text("1")
     assert run(data, output, "--weights", str(renamed)) == []
@@ -301,7 +301,7 @@ def test_weights_of_another_version_of_their_package_are_refused(finished_once, 
     run(data, output)
     newer = replace(models.MODELS["cnn"], make_encoder=lambda weights: small_frozen_model().make_encoder(frozen))
     monkeypatch.setitem(models.MODELS, "cnn", newer)
-    assert "other pretrained weights" in refused(run, data, output)
+    assert "other weights" in refused(run, data, output)
 
 
 def test_statistics_of_pixels_that_come_with_the_weights_count(frozen):

@@ -27,7 +27,7 @@ SWEEP = "sweep.csv"
 LOCK = ".lock"
 EXTENT = ("losses", "seeds")  # settings that say how much to train, and change no result
 DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
-WEIGHTS = "pretrained weights"  # one of the digests of DATA
+WEIGHTS = "weights"  # one of the digests of DATA
 
 
 class DifferentSettings(ValueError):
