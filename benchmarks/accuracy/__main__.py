@@ -1,8 +1,8 @@
 """The paper's experiment: train with each loss on equal terms, and write tables, pictures and every prediction.
 
 ``python -m benchmarks.accuracy --dataset fashion-mnist-lt --model cnn`` writes
-``benchmarks/results/accuracy/fashion-mnist-lt-cnn/``. Interrupted, the same command goes on where it stopped; with other
-images, labels, weights or settings it is refused, and so is a second one on the same folder.
+``benchmarks/results/accuracy/fashion-mnist-lt-cnn/``. Interrupted, the same command goes on where it stopped; with
+other images, labels, weights or settings it is refused, and so is a second one on the same folder.
 """
 
 import argparse
