@@ -27,6 +27,14 @@ if hypothesis is not None:
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run only each N-th test: a spread of all")
+
+
+def pytest_collection_modifyitems(config, items):
+    items[:] = items[:: config.getoption("--every")]
+
+
 @pytest.fixture(params=["triton", "cpu", "cpu, softmax", "cpu, extreme"])
 def device(request, monkeypatch) -> torch.device:
     """The device of the test's tensors. The test runs through the Triton kernels and the CPU path's three ways."""
