@@ -34,7 +34,9 @@ class LMFFunction(Function):
             logits, target, margins, weight, options, with_grad=grad_in_forward, with_saved=not grad_in_forward
         )
         link = logits.new_empty(0)
-        ctx.save_for_backward(link, *((grad,) if grad_in_forward else saved))
+        kept = (grad,) if grad_in_forward else saved
+        ctx.save_for_backward(link, *kept)
+        ctx.strides_for_hooks = _strides(kept) if _hooks_are_set() else None
         ctx.options, ctx.grad_in_forward, ctx.backend = options, grad_in_forward, backend
         ctx.set_materialize_grads(False)
         return loss, link
@@ -43,9 +45,11 @@ class LMFFunction(Function):
     def backward(ctx, upstream: Tensor | None, _: None):
         if upstream is None:
             return (None,) * 7
-        checks.check_no_tangent(**{"the upstream gradient": upstream})
+        checks.check_plain("the upstream gradient", upstream)
         upstream = checks.without_lazy_bits(upstream)
         link, *saved = ctx.saved_tensors
+        if ctx.strides_for_hooks is not None:
+            saved = [_laid_out(*kept) for kept in zip(saved, ctx.strides_for_hooks, strict=True)]
         if not torch.is_grad_enabled():
             return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 6
         with torch.no_grad():  # create_graph=True
@@ -59,7 +63,7 @@ class LMFFunction(Function):
             return ctx.backend.backward(saved, upstream, ctx.options)
         # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it, or someone
         # else has it too, as hooks on saved tensors and selective checkpointing may.
-        in_place = not _graph_is_kept() and _holders(saved) == _HOLDERS_OF_OURS
+        in_place = not _graph_is_kept() and ctx.strides_for_hooks is None and _holders(saved) == _HOLDERS_OF_OURS
         return ctx.backend.apply_upstream(*saved, upstream, in_place=in_place)
 
 
@@ -90,17 +94,41 @@ def _graph_is_kept() -> bool:
     return True if ask is None else ask()
 
 
-def _holders(saved: list[Tensor]) -> tuple[int, int, int] | None:
-    """How many hold the one tensor of this list, in Python and in C++, and its memory; None where that is not told."""
+def _hooks_are_set() -> bool:
+    """Whether ``saved_tensors_hooks`` are in force; no public name says so, and "yes" costs a copy and is right."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return True if ask is None else ask(True) is not None
+
+
+def _strides(tensors: tuple[Tensor | None, ...]) -> list[tuple[int, ...] | None]:
+    return [None if tensor is None else tensor.stride() for tensor in tensors]
+
+
+def _laid_out(tensor: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    """What a hook gave back as it was saved: the values in memory, with these strides."""
+    tensor = checks.without_lazy_bits(tensor)
+    if tensor is None or tensor.stride() == strides or 0 in strides:  # what was expanded is read with any strides
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _holders(saved: list[Tensor]) -> tuple[int, ...] | None:
+    """How many hold the one tensor of this list, in Python and in C++, and its memory; None where that is not told.
+
+    Without a local variable for either, since a debugger that looks at them would be counted.
+    """
     try:
-        (tensor,) = saved
-        n_storage = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-        return sys.getrefcount(tensor), tensor._use_count(), n_storage
+        return (
+            sys.getrefcount(saved[0]),
+            saved[0]._use_count(),
+            sys.getrefcount(saved[0].untyped_storage()),
+            torch._C._storage_Use_Count(saved[0].untyped_storage()._cdata),
+        )
     except (AttributeError, RuntimeError):  # private names, or a tensor without storage
         return None
 
 
-def _holders_of_ours() -> tuple[int, int, int] | float:
+def _holders_of_ours() -> tuple[int, ...] | float:
     """What ``_holders`` says of a tensor that a graph holds and nobody else. Versions of Python and PyTorch differ."""
     with torch.inference_mode(False):
         holder = torch.zeros(1, device="cpu", requires_grad=True)

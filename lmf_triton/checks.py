@@ -103,41 +103,55 @@ def _check_kind(name: str, tensor: Tensor, expected: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {kind}: see Tensor.to_dense()")
-    if _is_dtensor(tensor):
+    check_plain(name, tensor)
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor of which more would be lost than the loss can see: parts, tangents, levels of transforms.
+
+    Raises:
+        TypeError: a DTensor.
+        NotImplementedError: a tensor with a tangent of forward-mode AD, or one that a transform of torch.func wraps.
+    """
+    # No module of DTensors, no DTensor: to import it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    if type(tensor) is not Tensor and module is not None and isinstance(tensor, module.DTensor):
         raise TypeError(
             f"{name} must be an ordinary tensor, got a DTensor, which this loss does not support yet: give each "
             "process its part, .to_local(), and reduce the losses over the processes, or the whole, .full_tensor()"
         )
+    # Outside any dual level, as nearly always, there are no tangents.
+    in_dual_level = getattr(forward_ad, "_current_level", 0) >= 0
+    if in_dual_level and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
+            f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
+        )
+    if _is_wrapped(tensor):
+        raise NotImplementedError(
+            "lmf_loss does not support torch.func yet (grad, vmap, functionalize, jacobian(vectorize=True), "
+            f"is_grads_batched): {name} is wrapped by one of its transforms"
+        )
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    # There is none where nobody has imported its module, which takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    return type(tensor) is not Tensor and module is not None and isinstance(tensor, module.DTensor)
-
-
-def check_no_tangent(**tensors: Tensor | None) -> None:
-    """Raise a NotImplementedError for tensors that carry a tangent of forward-mode AD, which would be lost."""
-    if getattr(forward_ad, "_current_level", 0) < 0:  # outside any dual level, as nearly always
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
-                f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
-            )
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether any level of torch.func's transforms holds this tensor: its derivatives there would be lost."""
+    functorch = torch._C._functorch
+    if torch._C._are_functorch_transforms_active():
+        return functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+    return functorch.is_legacy_batchedtensor(tensor)  # autograd's own batches of upstream gradients
 
 
 def check_readable(**tensors: Tensor | None) -> None:
     """Raise a TypeError for tensors without memory of their own, which a kernel would read at address 0.
 
-    Such are subclasses that hold other tensors, and what ``torch.func`` and functionalisation wrap tensors in.
+    Such are subclasses that hold other tensors, and those of ``FakeTensorMode``.
     """
     for name, tensor in tensors.items():
         if tensor is not None and not _has_memory(tensor):
             raise TypeError(
                 f"{name} must have its values in memory of its own, which the kernels read: got a "
-                f"{type(tensor).__name__} without, as in torch.func, vmap, FakeTensorMode or a wrapper of other tensors"
+                f"{type(tensor).__name__} without, as in FakeTensorMode or a wrapper of other tensors"
             )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_plain
+
 ClassCounts = Sequence[float] | Mapping[int, float] | Tensor
 
 
@@ -15,12 +17,16 @@ def counts_in_order(class_counts: ClassCounts) -> list[float]:
     Args:
         class_counts: a sequence, array or tensor ``(C,)`` in the order of the logits; or a container with keys (a
             dict, a ``Counter``, pandas' ``value_counts()``), in any order, whose keys are the classes 0 to C - 1.
+            (Of ``value_counts().reset_index()["count"]`` the keys are ranks: nothing here can tell.)
 
     Raises:
-        TypeError: a count is not a number.
+        TypeError: a count is not a number, or the counts are a DTensor.
         ValueError: a count is not finite and positive (its class is named), or the keys are not the classes.
     """
-    given = _by_class(class_counts) if hasattr(class_counts, "keys") else class_counts
+    has_keys = hasattr(class_counts, "keys") and hasattr(class_counts, "items")
+    given = _by_class(class_counts) if has_keys else class_counts
+    if isinstance(given, Tensor):
+        check_plain("class_counts", given)
     try:
         # Python's floats get a dtype by name, since PyTorch's default may be a half one.
         dtype = None if hasattr(given, "dtype") else torch.float64

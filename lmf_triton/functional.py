@@ -74,7 +74,7 @@ def lmf_loss(
         ValueError: a shape, device or option is wrong.
         IndexError: on the CPU, or with ``check_target``, a target is outside ``[0, C)`` and not ``ignore_index``.
             Otherwise the loss and the gradient of that sample are NaN.
-        NotImplementedError: a tensor carries a tangent of forward-mode AD.
+        NotImplementedError: a tensor carries a tangent of forward-mode AD, or is wrapped by a transform of torch.func.
 
     References:
         Sadi et al., "LMFLoss: A Hybrid Loss for Imbalanced Medical Image Classification", 2022, eq. 3
@@ -83,7 +83,6 @@ def lmf_loss(
     """
     options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     checks.check_tensors(logits, target, margins, weight)
-    checks.check_no_tangent(logits=logits, margins=margins, weight=weight)
     if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
     logits, target, margins, weight = map(checks.without_lazy_bits, (logits, target, margins, weight))

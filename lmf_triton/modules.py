@@ -1,7 +1,10 @@
 """The losses as modules: margins and weights are buffers, the rest is one call of :func:`lmf_loss`."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .checks import check_options, check_per_class
 from .counts import ClassCounts, counts_in_order
@@ -23,24 +26,24 @@ class LossModule(nn.Module):
 
     margins: Tensor | None
     weight: Tensor | None
+    _setting_names: tuple[str, ...] = ()
+    _class_counts: tuple[float, ...] | None = None
+    _given_weight: Tensor | None = None  # what the module was built with, or was assigned
+    _weight_is_missing = False  # it was handed in on the meta device; NaN holds its place
 
     def __init__(self, class_counts: ClassCounts | None, weight: Tensor | None, **settings) -> None:
         super().__init__()
         self._setting_names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
-        self._class_counts: tuple[float, ...] | None = None
         margins = None
         if "max_margin" in settings:
             self._class_counts = tuple(counts_in_order(class_counts))
             margins = ldam_margins(class_counts, max_margin=self.max_margin)
         check_per_class("weight", weight, None if margins is None else len(margins))
         self.register_buffer("margins", margins)
-        self.register_buffer("weight", None)
-        self.weight = weight
-        buffers = [buffer for buffer in (margins, weight) if buffer is not None]
-        self._device = buffers[0].device if buffers else torch.get_default_device()  # known without buffers too
-        self._valueless: tuple[Tensor, int] | None = None  # a weight without values, and its version
+        self.register_buffer("weight", weight)
+        self._trace = torch.empty(0, dtype=torch.float32)  # where the module is, which it knows without buffers too
 
     def reset_parameters(self) -> None:
         """Write margins and weight as they were when the module was built, into the buffers that are there.
@@ -54,26 +57,33 @@ class LossModule(nn.Module):
 
     def _write_anew(self, name: str) -> None:
         buffer = getattr(self, name)
-        values = self._given_weight
         if name == "margins":
             with torch.device(buffer.device):
                 values = ldam_margins(self._class_counts, max_margin=self.max_margin)
-        if values is None or values.is_meta:
-            self._valueless = buffer, buffer._version
         else:
-            with torch.no_grad():
-                buffer.copy_(values)
+            values = self._given_weight
+            self._weight_is_missing = values is None or values.is_meta
+            if self._weight_is_missing:
+                values = torch.full_like(buffer, math.nan)
+        with torch.no_grad():
+            buffer.copy_(values)
 
     def _apply(self, fn, recurse=True):
-        """Move or cast, by whatever method of ``nn.Module``; and see whether the values came along."""
+        """Move or cast, by whatever method of ``nn.Module``; values that did not come along are written anew."""
         before = {name: getattr(self, name) for name in BUFFERS}
-        super()._apply(fn, recurse)
-        probe = torch.empty(0, device="cpu" if self._device.type == "meta" else self._device)
-        self._device = fn(probe).device
+        with _Allocations() as allocations:
+            super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if buffer is not None and _is_lost(buffer, getattr(self, name)):
+            is_new = buffer is not None and not getattr(self, name).is_meta
+            if is_new and (buffer.is_meta or allocations.seen):
                 self._write_anew(name)
+        buffers = [buffer for buffer in (self.margins, self.weight) if buffer is not None]
+        start = self._trace.new_empty(0, device="cpu") if self._trace.is_meta else self._trace
+        self._trace = buffers[0].new_empty(0) if buffers else fn(start)
         return self
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, self._taken(name, tensor), persistent)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         given = self._given_weight  # of a checkpoint nobody knows what a schedule had written before it was saved
@@ -82,19 +92,23 @@ class LossModule(nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         self._check_assignment(name)
-        if name in BUFFERS and isinstance(value, Tensor):
-            check_per_class(name, value, None)
-            value = _copy(value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, self._taken(name, value))
+
+    def _taken(self, name: str, value: object) -> object:
+        """The value, of a buffer a copy: what a user hands in stays the user's. A weight is remembered as well."""
+        if name not in BUFFERS or not (value is None or isinstance(value, Tensor)):
+            return value
+        check_per_class(name, value, None)
         if name == "weight":
-            self._given_weight = None if value is None else _copy(value)
+            self._given_weight, self._weight_is_missing = _copy(value), False
+        return _copy(value)
 
     def _check_assignment(self, name: str) -> None:
         """Raise an AttributeError for a setting that would be accepted without effect."""
         if name not in ARGUMENTS:
             return
         loss = type(self).__name__
-        if name == "max_margin" and name in self.__dict__:
+        if name == "max_margin" and name in self._setting_names and name in self.__dict__:
             raise AttributeError(
                 f"max_margin of a {loss} is fixed when it is built, since the margins follow from it: build another, "
                 "or assign margins, criterion.margins = ldam_margins(class_counts, max_margin=...)"
@@ -104,15 +118,14 @@ class LossModule(nn.Module):
         if not has_it and not is_subclass:
             raise AttributeError(f"{name} cannot be set on a {loss}, where it would have no effect")
 
-    def _check_values(self) -> None:
-        """Refuse a weight that was left without values, unless it was loaded, assigned or written to since then."""
-        buffer, version = self._valueless
-        if self.weight is buffer and buffer._version == version:
+    def _check_weight(self) -> None:
+        """Refuse a weight without values, unless it was loaded or written to since then. Asks the device only then."""
+        if bool(self.weight.isnan().all()):
             raise RuntimeError(
                 "the loss's weight has no values: it was handed in on the meta device. Load a state_dict, assign it "
                 "(criterion.weight = ...), or build the loss with a weight on another device"
             )
-        self._valueless = None
+        self._weight_is_missing = False
 
     def extra_repr(self) -> str:
         shown = {} if self.margins is None else {"n_classes": len(self.margins)}
@@ -122,8 +135,8 @@ class LossModule(nn.Module):
 
     def _evaluate(self, logits: Tensor, target: Tensor, **terms: float) -> Tensor:
         """The loss with these settings of its terms, and the module's margins, weight and averaging."""
-        if self._valueless is not None:
-            self._check_values()
+        if self._weight_is_missing:
+            self._check_weight()
         return lmf_loss(
             logits,
             target,
@@ -135,18 +148,22 @@ class LossModule(nn.Module):
         )
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
     with torch.inference_mode(False):  # a loss built in inference mode must train all the same
         return tensor.detach().clone()
 
 
-def _is_lost(before: Tensor, after: Tensor) -> bool:
-    """Whether the values of a buffer did not come along to where it is now: to_empty only allocates."""
-    if before is after or after.is_meta:
-        return False
-    if before.is_meta:
-        return True
-    return not torch.allclose(before.to(after), after, rtol=0, atol=0, equal_nan=True)
+class _Allocations(TorchFunctionMode):
+    """Sees whether memory without values was asked for, as ``to_empty`` does for every tensor of a module."""
+
+    WITHOUT_VALUES = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
+    seen = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen |= function in self.WITHOUT_VALUES
+        return function(*args, **(kwargs or {}))
 
 
 class LMFLoss(LossModule):

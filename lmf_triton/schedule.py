@@ -1,10 +1,12 @@
 """LDAM's deferred re-weighting: which class weights hold at which epoch."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_plain
 from .counts import ClassCounts
 from .margins import class_balanced_weights
 from .modules import LossModule
@@ -24,8 +26,9 @@ class DeferredReweighting:
             ...
 
     The first stage has the weights that the loss was built with, or was assigned: neither an earlier schedule nor a
-    checkpoint of the second stage changes what a schedule starts from. A tensor that the caller handed to the loss is
-    never written to.
+    checkpoint of the second stage changes what a schedule starts from. (A loss of another library does not remember
+    what it was built with: make its schedule before a checkpoint is loaded.) A tensor that the caller handed to the
+    loss is never written to.
 
     Args:
         criterion: the loss, a module with a buffer ``weight``, ``(C,)`` or ``None``.
@@ -58,6 +61,8 @@ class DeferredReweighting:
         if "weight" not in getattr(criterion, "_buffers", {}):
             raise TypeError(f"criterion must be a loss module with a buffer 'weight', got {type(criterion).__name__}")
         _check_epoch("start_epoch", start_epoch)
+        if criterion.weight is not None:
+            check_plain("criterion.weight", criterion.weight)
         self.criterion = criterion
         self.start_epoch = start_epoch
         where_counts_are = class_counts.device if isinstance(class_counts, Tensor) else torch.get_default_device()
@@ -80,6 +85,9 @@ class DeferredReweighting:
     def step(self, epoch: int) -> None:
         """Set the weights of this epoch, the first being 0. In place: a captured CUDA graph sees them too."""
         _check_epoch("epoch", epoch)
+        if self.criterion.weight is None:
+            raise RuntimeError("the loss's weight was set to None: make the schedule anew")
+        check_plain("criterion.weight", self.criterion.weight)
         if self.criterion.weight.is_meta:
             raise RuntimeError(
                 "the loss is on the meta device, where weights have no values: materialise it, then step"
@@ -115,9 +123,7 @@ def _initial_weight(criterion: nn.Module, deferred: Tensor) -> Tensor:
         weight = criterion._given_weight
     elif weight is not None:
         mark = criterion.__dict__.get("_reweighting")
-        if mark is not None and (
-            _same(weight, mark.initial) or _same(weight, mark.deferred) or _same(weight, deferred)
-        ):
+        if mark is not None and (_same(weight, mark.initial) or _same(weight, mark.deferred)):
             weight = mark.initial
         elif _same(weight, deferred) and not _same(weight, ones):
             raise ValueError(
@@ -135,14 +141,16 @@ def _initial_weight(criterion: nn.Module, deferred: Tensor) -> Tensor:
 
 
 def _same(weight: Tensor, written: Tensor) -> bool:
-    """Whether these weights are what a schedule wrote, wherever the loss was moved since then."""
-    return weight.shape == written.shape and not weight.is_meta and torch.equal(written.to(weight), weight)
+    """Whether these weights are what a schedule wrote, even if they were cast to a half dtype and back since then."""
+    if weight.shape != written.shape or weight.is_meta:
+        return False
+    return torch.allclose(weight.to(written), written, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=0)
 
 
 def _device_of(criterion: nn.Module) -> torch.device | None:
     """Where a loss without weights is, as far as it knows."""
     if isinstance(criterion, LossModule):
-        return criterion._device
+        return criterion._trace.device
     return next((tensor.device for tensor in (*criterion.buffers(), *criterion.parameters())), None)
 
 
@@ -157,7 +165,7 @@ def _check_device(criterion: nn.Module, inputs: tuple) -> None:
 
 
 def _check_epoch(name: str, epoch: int) -> None:
-    if not isinstance(epoch, int):
+    if not isinstance(epoch, Integral):
         raise TypeError(f"{name} must be an integer, got {epoch!r} of type {type(epoch).__name__}")
     if epoch < 0:
         raise ValueError(f"{name} must be at least 0, got {epoch}")

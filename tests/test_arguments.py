@@ -115,12 +115,49 @@ def test_the_kernels_refuse_tensors_without_memory_of_their_own(triton_device, n
         lmf_loss(**(given | {name: wrap(given[name])}))
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.functionalize], ids=lambda f: f.__name__)
-def test_the_kernels_refuse_what_torch_func_wraps(triton_device, transform):
-    given = arguments(triton_device)
-    batch = given.pop("logits").expand(2, 33, 7) if transform is torch.func.vmap else given.pop("logits")
-    with pytest.raises(TypeError, match=r"logits must have its values in memory of its own.*torch\.func"):
-        transform(lambda x: lmf_loss(x, **given))(batch)
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(2, *x.shape)),
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "grad of functionalize": lambda f, x: torch.func.grad(torch.func.functionalize(lambda y: f(y).sum()))(x),
+    "grad, two levels": lambda f, x: torch.func.grad(
+        lambda y: torch.func.grad(lambda z: (f(y) * z).sum())(torch.ones((), device=x.device))
+    )(x),
+    "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_what_torch_func_wraps_is_refused(device, transform, reduction, scale):
+    """A level that the loss does not see would get a derivative of 0."""
+    given = arguments(device)
+    logits = given.pop("logits")
+    with pytest.raises(NotImplementedError, match=r"does not support torch\.func yet"):
+        transform(lambda x: lmf_loss(x, **given, reduction=reduction, scale=scale), logits)
+    torch.func.vmap(lambda x: x + lmf_loss(logits, **given))(torch.ones(2, device=device))  # is not about the loss
+
+
+@pytest.mark.parametrize("name", ["target", "margins", "weight"])
+def test_transforms_of_other_arguments_are_refused(device, name):
+    given = arguments(device)
+    batch = given.pop(name).expand(2, *arguments(device)[name].shape)
+    with pytest.raises(NotImplementedError, match=rf"torch\.func yet.*{name} is wrapped"):
+        torch.func.vmap(lambda x: lmf_loss(**given, **{name: x}))(batch)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_batched_upstream_gradients_are_refused(device, reduction, grad_in_forward):
+    given = arguments(device)
+    logits = given["logits"].requires_grad_()
+    loss = lmf_loss(**given, reduction=reduction, grad_in_forward=grad_in_forward)
+    with pytest.raises(NotImplementedError, match="the upstream gradient is wrapped"):
+        torch.autograd.grad(loss, logits, torch.ones(2, *loss.shape, device=device), is_grads_batched=True)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +180,26 @@ def test_dtensors_are_refused(device, mesh, name, sharded):
     distributed = DTensor.from_local(given[name], mesh, [placement], run_check=False)
     with pytest.raises(TypeError, match=rf"(logits|{name}) must be an ordinary tensor.*to_local.*full_tensor"):
         lmf_loss(**(given | {name: distributed}))
-    with pytest.raises(TypeError, match=r"to_local.*full_tensor"):
-        FocalLoss(weight=DTensor.from_local(given["weight"], mesh, [Replicate()], run_check=False))
+
+
+def test_dtensors_in_other_places_are_refused(device, mesh):
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+
+    given = arguments("cpu")
+    weight = DTensor.from_local(given["weight"], mesh, [Replicate()], run_check=False)
+    for refused in (
+        lambda: FocalLoss(weight=weight),
+        lambda: setattr(FocalLoss(), "weight", weight),
+        lambda: ldam_margins(weight),
+        lambda: DeferredReweighting(nn.CrossEntropyLoss(weight=weight), [1] * 7, start_epoch=1),
+        lambda: distribute_module(LMFLoss([1] * 7), mesh).half()(given["logits"], given["target"]),
+    ):
+        with pytest.raises(TypeError, match=r"to_local.*full_tensor"):
+            refused()
+    loss = lmf_loss(**given | {"logits": given["logits"].requires_grad_()})
+    upstream = DTensor.from_local(torch.tensor(3.0), mesh, [Replicate()], run_check=False)
+    with pytest.raises(TypeError, match=r"upstream gradient must be an ordinary tensor.*to_local"):
+        loss.backward(upstream)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -207,6 +262,17 @@ def test_buffers_alias_no_argument(make):
     assert all(buffer.tolist() == [1.0, 2.0, 3.0] for buffer in buffers)
 
 
+def test_registering_a_buffer_is_handing_it_in():
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    criterion = FocalLoss(weight=torch.ones(3))
+    criterion.register_buffer("weight", weight)
+    schedule = DeferredReweighting(criterion, [500, 40, 3], start_epoch=1)
+    schedule.step(1)
+    assert weight.tolist() == [1.0, 2.0, 3.0]
+    schedule.step(0)
+    assert criterion.weight.tolist() == [1.0, 2.0, 3.0]
+
+
 def test_margins_and_counts_alias_nothing():
     counts = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
     criterion = LMFLoss(counts)
@@ -255,6 +321,67 @@ def test_hooks_on_saved_tensors_keep_what_they_kept(device):
         logits.grad.zero_()
     assert any(tensor.shape == logits.shape for tensor in stored)
     assert all(map(torch.equal, stored, before))
+
+
+def hold_in_cpp(tensor):
+    if not tensor.is_floating_point():
+        return tensor
+    holder = torch.zeros_like(tensor, requires_grad=True)
+    holder.grad = tensor
+    return holder
+
+
+OTHER_FORMS = {
+    "the same": lambda t: t,
+    "held in C++": hold_in_cpp,
+    "negation noted": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
+    "other strides": lambda t: torch.stack([t, t], -1)[..., 0],
+    "transposed": lambda t: t.t().contiguous().t() if t.ndim == 2 else t,
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS.values(), ids=OTHER_FORMS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("grad_in_forward", MODES)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_hooks_may_give_back_the_values_in_another_form(device, form, reduction, grad_in_forward, expanded):
+    """What they store stays as it is; what they give back is read as what it is."""
+    given = arguments(device)
+    if expanded:
+        given["logits"] = given["logits"][:1].expand(33, 7)
+    options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
+    upstream = torch.linspace(-1, 2, 33, device=device) if reduction == "none" else torch.tensor(3.0, device=device)
+    _, expected = loss_and_grad(given, upstream, **options)
+    stored = []
+
+    def pack(tensor):
+        stored.append(form(tensor))
+        return len(stored) - 1
+
+    def unpack(index):
+        return stored[index] if stored[index].grad is None else stored[index].grad
+
+    logits = given["logits"].detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = lmf_loss(**(given | {"logits": logits}), **options)
+    before = [unpack(i).clone() for i in range(len(stored))]
+    (grad,) = torch.autograd.grad(loss, logits, upstream)
+    torch.testing.assert_close(grad, expected)
+    grad.zero_()
+    for i, kept in enumerate(before):
+        torch.testing.assert_close(unpack(i), kept, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [1.0, 3.0])
+def test_the_storage_of_a_saved_tensor_that_a_user_looked_at(device, value):
+    given = arguments(device)
+    logits = given["logits"].requires_grad_()
+    loss = lmf_loss(**given)
+    (storage,) = [t.untyped_storage() for t in loss.grad_fn.saved_tensors if t.shape == logits.shape]
+    before = storage.clone()
+    loss.backward(torch.tensor(value, device=device))
+    logits.grad.zero_()
+    assert storage.tolist() == before.tolist()
 
 
 @pytest.mark.parametrize("value", [1.0, 3.0])

@@ -1,11 +1,13 @@
 """Promise: the loss is a well-behaved part of any autograd graph."""
 
+import gc
+
 import pytest
 import torch
 from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from lmf_triton import functional, launch, lmf_loss
+from lmf_triton import FocalLoss, LMFLoss, functional, launch, ldam_margins, lmf_loss
 from lmf_triton.autograd import LMFFunction
 from reference import lmf as reference
 
@@ -234,6 +236,7 @@ def test_the_kept_gradient_is_handed_out_without_a_copy(device, value, monkeypat
     monkeypatch.setattr(torch, "empty_like", spy)
     logits = case.logits.requires_grad_()
     loss = lmf_loss(logits, case.target, case.margins)
+    gc.collect()  # Triton's interpreter leaves what it held to the collector
     loss.backward(torch.full_like(loss, value))
     assert [pointer for shape, pointer in allocated if shape == logits.shape] == [logits.grad.data_ptr()]
     expected = evaluate_reference(case, torch.float64)[1] / case.upstream.item() * value
@@ -317,3 +320,18 @@ def test_a_tangent_of_the_upstream_gradient_is_refused(device, grad_in_forward, 
         upstream = forward_ad.make_dual(torch.ones_like(loss), torch.ones_like(loss))
         with pytest.raises(NotImplementedError, match="upstream gradient carries a tangent"):
             torch.autograd.grad(loss, logits, upstream)
+
+
+def test_a_tangent_that_a_module_or_counts_carry_is_refused():
+    """Their copies would have none."""
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        criterion = FocalLoss()
+        for refused in (
+            lambda: FocalLoss(weight=dual),
+            lambda: setattr(criterion, "weight", dual),
+            lambda: ldam_margins(dual),
+            lambda: LMFLoss(dual),
+        ):
+            with pytest.raises(NotImplementedError, match="carries a tangent"):
+                refused()

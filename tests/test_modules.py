@@ -141,6 +141,23 @@ def test_a_subclass_has_the_attributes_that_it_wants():
     assert Named(0.25, COUNTS)(logits, target) == 0.25 * FocalLoss()(logits, target)
 
 
+def test_a_subclass_may_use_names_of_settings_that_its_base_lacks():
+    class Early(LMFLoss):
+        def __init__(self, class_counts):
+            self.class_counts = class_counts  # before nn.Module is there
+            super().__init__(class_counts)
+
+    class WithMargin(FocalLoss):
+        def __init__(self):
+            super().__init__()
+            self.max_margin = 0.5
+
+    assert Early(COUNTS).class_counts == COUNTS
+    module = WithMargin()
+    module.max_margin = 0.9
+    assert module.max_margin == 0.9
+
+
 @pytest.mark.parametrize("module", [LMFLoss(COUNTS), FocalLoss()], ids=lambda m: type(m).__name__)
 def test_what_is_assigned_is_checked(module):
     with pytest.raises(ValueError, match="weight has no gradient"):

@@ -1,8 +1,10 @@
 """Promise: deferred re-weighting trains unweighted first, then with class-balanced weights, for any loss."""
 
 import copy
+import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,13 +92,17 @@ def test_an_epoch_has_its_weights_whatever_was_stepped_to_before(make_loss, own)
 
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("own", [None, [1.0, 2.0, 3.0]])
-@pytest.mark.parametrize("between", ["nothing", "half", "copy", "pickle"])
+@pytest.mark.parametrize("between", ["nothing", "half", "half and back", "bfloat16 and back", "copy", "pickle"])
 def test_a_second_schedule_starts_where_the_first_did(make_loss, own, between):
     """The next fold, or a notebook cell run again: its first stage is not the second stage of the former."""
     criterion = make_loss(own and torch.tensor(own))
     DeferredReweighting(criterion, COUNTS, start_epoch=1).step(3)
     if between == "half":
         criterion.half()
+    elif between == "half and back":
+        criterion.half().float()
+    elif between == "bfloat16 and back":
+        criterion.bfloat16().float()
     elif between == "copy":
         criterion = copy.deepcopy(criterion)
     elif between == "pickle":
@@ -135,12 +141,14 @@ def test_such_a_checkpoint_of_a_loss_that_does_not_remember_is_refused():
 
 
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
-def test_weights_assigned_after_a_schedule_are_what_the_next_one_starts_from(make_loss):
-    criterion = make_loss()
+@pytest.mark.parametrize("counts", [COUNTS, [7, 7, 7]], ids=str)  # the second stage of equal counts is ones
+@pytest.mark.parametrize("assigned", [[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]], ids=str)
+def test_weights_assigned_after_a_schedule_are_what_the_next_one_starts_from(make_loss, counts, assigned):
+    criterion = make_loss(torch.tensor([1.0, 2.0, 3.0]))
     DeferredReweighting(criterion, COUNTS, start_epoch=1).step(3)
-    criterion.weight = torch.tensor([3.0, 2.0, 1.0])
-    schedule = DeferredReweighting(criterion, COUNTS, start_epoch=1)
-    assert weights_at(schedule, [1, 0])[1] == [3.0, 2.0, 1.0]
+    criterion.weight = torch.tensor(assigned)
+    schedule = DeferredReweighting(criterion, counts, start_epoch=1)
+    assert weights_at(schedule, [1, 0])[1] == assigned
 
 
 # "meta" stands for a GPU here: a loss moved there, or made there, has its weights there.
@@ -161,10 +169,35 @@ def test_the_weights_are_where_the_loss_is(make, moved):
     assert torch.equal(criterion.weight, torch.ones(3))
 
 
+@pytest.mark.parametrize("make", [FocalLoss, lambda: LMFLoss(COUNTS)], ids=["focal", "LMF"])
+def test_a_loss_saved_whole_is_where_it_was_loaded_to(make):
+    """Saved on a GPU, loaded where there is none: what it knows of its device goes with it."""
+    file = io.BytesIO()
+    torch.save(make(), file)
+    file.seek(0)
+    criterion = torch.load(file, map_location="meta", weights_only=False)
+    DeferredReweighting(criterion, COUNTS, start_epoch=1)
+    assert criterion.weight.device.type == "meta"
+
+
 def test_casting_a_loss_does_not_move_it(device):
     criterion = FocalLoss().to(device).half()
     DeferredReweighting(criterion, COUNTS, start_epoch=1)
     assert criterion.weight.device.type == device.type and criterion.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+def test_epochs_may_be_of_numpy(make_loss):
+    schedule = DeferredReweighting(make_loss(), COUNTS, start_epoch=np.int64(1))
+    assert weights_at(schedule, np.arange(2)) == [[1.0, 1.0, 1.0], class_balanced_weights(COUNTS).tolist()]
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+def test_a_step_without_weights_is_refused(make_loss):
+    schedule = DeferredReweighting(make_loss(), COUNTS, start_epoch=1)
+    schedule.criterion.weight = None
+    with pytest.raises(RuntimeError, match="weight was set to None: make the schedule anew"):
+        schedule.step(0)
 
 
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)

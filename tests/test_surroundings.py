@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
 from oracle import make_case
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lmf_triton import (
     DeferredReweighting,
@@ -237,6 +239,50 @@ def test_a_weight_that_was_handed_in_without_values(fill):
             criterion(logits, target)
     else:
         assert torch.equal(criterion(logits, target), complete(logits, target))
+
+
+AFTERWARDS = {
+    "half": nn.Module.half,
+    "double": nn.Module.double,
+    "copy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "functional_call": lambda module: (
+        torch.func.functional_call(module, {"weight": WEIGHT}, (torch.zeros(1, 5), torch.zeros(1, dtype=torch.long))),
+        module,
+    )[1],
+    "meta and back": lambda module: module.to("meta").to_empty(device="cpu"),
+}
+
+
+@pytest.mark.parametrize("afterwards", AFTERWARDS.values(), ids=AFTERWARDS)
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.inference_mode])
+def test_a_weight_without_values_is_never_used(afterwards, context):
+    """Whatever else is done to the module before it is first used."""
+    with torch.device("meta"):
+        criterion = FocalLoss(weight=torch.ones(5))
+    with context():
+        criterion.to_empty(device="cpu")
+    criterion = afterwards(criterion)
+    logits, target = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 4])
+    if afterwards is AFTERWARDS["functional_call"]:  # which filled it for one call
+        assert criterion(logits, target).isnan()
+    else:
+        with pytest.raises(RuntimeError, match="weight has no values"):
+            criterion(logits, target)
+
+
+def test_a_model_that_only_pretends_to_have_memory():
+    """FakeTensorMode, in which people count a model's memory before it has any."""
+    with FakeTensorMode():
+        criterion = FocalLoss(weight=torch.ones(5)).half()
+        assert criterion.weight.dtype == torch.float16
+        criterion.to_empty(device="cpu")
+
+
+def test_what_a_user_applies_to_the_buffers_is_not_undone():
+    criterion = FocalLoss(weight=WEIGHT)
+    criterion._apply(lambda tensor: 2 * tensor)
+    assert torch.equal(criterion.weight, 2 * WEIGHT)
 
 
 def test_counts_without_values_are_refused():
