@@ -172,10 +172,11 @@ class LMFLoss(LossModule):
     The formula and the arguments that are not listed here are those of :func:`lmf_triton.lmf_loss`.
 
     Args:
-        class_counts: training samples of each class, ``(C,)``, in the order of the logits; finite and positive.
+        class_counts: training samples of each class, finite and positive: ``(C,)`` in the order of the logits, or a
+            dict, ``Counter`` or pandas Series whose keys are the classes 0 to C - 1.
         alpha, beta, gamma, scale: of the formula, as in ``lmf_loss``.
         max_margin: margin of the rarest class, fixed when the module is built; see :func:`lmf_triton.ldam_margins`.
-        weight: class weights, ``(C,)``, any floating dtype, or ``None``.
+        weight: class weights, ``(C,)``, any floating dtype, or ``None``. Copied.
         ignore_index, reduction: as in ``lmf_loss``.
 
     Shape:
@@ -184,10 +185,14 @@ class LMFLoss(LossModule):
         the target's shape.
 
     Attributes:
-        margins, weight: buffers, ``(C,)``; ``.to(device)`` moves them to where the logits are.
+        margins, weight: buffers, ``(C,)``; ``.to(device)`` moves them to where the logits are. What is assigned to
+            them is copied. After ``to_empty`` they have their values again, see :meth:`reset_parameters`.
+        alpha, beta, gamma, scale, ignore_index, reduction: may be changed between steps. ``max_margin`` may not.
 
     Raises:
-        TypeError, ValueError: for arguments that ``lmf_loss`` or ``ldam_margins`` refuse.
+        TypeError, ValueError, NotImplementedError: for arguments that ``lmf_loss`` or ``ldam_margins`` refuse.
+        AttributeError: when a setting is assigned that would have no effect.
+        RuntimeError: at first use, where a weight was handed in on the meta device and never filled.
 
     References:
         Sadi et al. 2022, eq. 3 (https://arxiv.org/abs/2212.12741). What the authors' own code computes is
