@@ -127,7 +127,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
             "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
             f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
         )
-    if _is_wrapped(tensor):
+    if not torch.compiler.is_compiling() and _is_wrapped(tensor):  # Dynamo warns of what it cannot trace
         raise NotImplementedError(
             "lmf_loss does not support torch.func yet (grad, vmap, functionalize, jacobian(vectorize=True), "
             f"is_grads_batched): {name} is wrapped by one of its transforms"
