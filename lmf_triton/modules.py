@@ -13,8 +13,8 @@ from .margins import ldam_margins
 
 BUFFERS = ("margins", "weight")
 # Arguments of the losses and of lmf_loss. Each module has some of them as attributes, and none without effect.
-SETTINGS = ("alpha", "beta", "gamma", "max_margin", "scale", "ignore_index", "reduction")
-ARGUMENTS = (*SETTINGS, "class_counts", "margins", "grad_in_forward", "check_target")
+ARGUMENTS = ("alpha", "beta", "gamma", "max_margin", "scale", "ignore_index", "reduction", "class_counts", "margins")
+ARGUMENTS += ("grad_in_forward", "check_target")
 
 
 class LossModule(nn.Module):
@@ -43,7 +43,7 @@ class LossModule(nn.Module):
         check_per_class("weight", weight, None if margins is None else len(margins))
         self.register_buffer("margins", margins)
         self.register_buffer("weight", weight)
-        self._trace = torch.empty(0, dtype=torch.float32)  # where the module is, which it knows without buffers too
+        self._trace = self._follow_buffers(torch.empty(0, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """Write margins and weight as they were when the module was built, into the buffers that are there.
@@ -77,10 +77,15 @@ class LossModule(nn.Module):
             is_new = buffer is not None and not getattr(self, name).is_meta
             if is_new and (buffer.is_meta or allocations.seen):
                 self._write_anew(name)
-        buffers = [buffer for buffer in (self.margins, self.weight) if buffer is not None]
-        start = self._trace.new_empty(0, device="cpu") if self._trace.is_meta else self._trace
-        self._trace = buffers[0].new_empty(0) if buffers else fn(start)
+        if self.margins is None and self.weight is None:
+            # From the meta device nothing can be moved but by to_empty; an empty tensor has nothing to lose.
+            self._trace = fn(self._trace.new_empty(0, device="cpu") if self._trace.is_meta else self._trace)
+        self._trace = self._follow_buffers(self._trace)
         return self
+
+    def _follow_buffers(self, trace: Tensor) -> Tensor:
+        """An empty tensor that is where the module is, as it knows without buffers too: where they are, else itself."""
+        return next((buffer.new_empty(0) for buffer in (self.margins, self.weight) if buffer is not None), trace)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, self._taken(name, tensor), persistent)

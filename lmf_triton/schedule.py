@@ -150,7 +150,7 @@ def _same(weight: Tensor, written: Tensor) -> bool:
 def _device_of(criterion: nn.Module) -> torch.device | None:
     """Where a loss without weights is, as far as it knows."""
     if isinstance(criterion, LossModule):
-        return criterion._trace.device
+        return criterion._follow_buffers(criterion._trace).device
     return next((tensor.device for tensor in (*criterion.buffers(), *criterion.parameters())), None)
 
 

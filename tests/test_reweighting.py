@@ -169,6 +169,17 @@ def test_the_weights_are_where_the_loss_is(make, moved):
     assert torch.equal(criterion.weight, torch.ones(3))
 
 
+def test_buffers_say_where_a_loss_is_that_was_never_moved():
+    """As of counts, margins or weights that were on a GPU from the start."""
+    with_margins = LMFLoss(COUNTS)
+    with_margins.margins = with_margins.margins.to("meta")
+    had_a_weight = FocalLoss(weight=torch.ones(3, device="meta"))
+    had_a_weight.weight = None
+    for criterion in with_margins, had_a_weight:
+        DeferredReweighting(criterion, COUNTS, start_epoch=1)
+        assert criterion.weight.device.type == "meta"
+
+
 @pytest.mark.parametrize("make", [FocalLoss, lambda: LMFLoss(COUNTS)], ids=["focal", "LMF"])
 def test_a_loss_saved_whole_is_where_it_was_loaded_to(make):
     """Saved on a GPU, loaded where there is none: what it knows of its device goes with it."""
