@@ -28,7 +28,8 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.measure import format_table
 from benchmarks.problems import PROBLEMS, Problem
-from lmf_triton import gpu, kernels
+from lmf_triton.fused import backend
+from lmf_triton.fused.kernels import elementwise, index
 from lmf_triton.options import LossOptions
 
 TARGETS = {
@@ -57,7 +58,8 @@ INSTRUCTION_MIX = {
     "exchange": ("SHFL", "BAR", "REDUX", "MATCH", "VOTE"),
 }
 
-KERNELS = ("totals_kernel", "statistics_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
+# The module of each kernel.
+KERNELS = {name: module for module in (index, elementwise) for name in vars(module) if name.endswith("_kernel")}
 LMF = LossOptions(alpha=1.0, beta=1.0, gamma=1.5, scale=1.0, ignore_index=-100, reduction="mean")
 
 
@@ -143,7 +145,7 @@ def recorded_launches(
     launches: list[Launch] = []
 
     def recorder(name: str):
-        kernel = getattr(kernels, name)
+        kernel = getattr(KERNELS[name], name)
 
         class Recorder:
             def __getitem__(self, grid):
@@ -160,23 +162,23 @@ def recorded_launches(
     try:
         for name in KERNELS:
             originals[name], stand_in = recorder(name)
-            setattr(kernels, name, stand_in)
-        loss, grad, saved = gpu.forward(
+            setattr(KERNELS[name], name, stand_in)
+        loss, grad, saved = backend.forward(
             logits, target, margins, None, options, with_grad=not recompute, with_saved=recompute
         )
         if recompute:
-            gpu.backward(saved, torch.empty_like(loss), options)
+            backend.backward(saved, torch.empty_like(loss), options)
         else:
-            gpu.apply_upstream(grad, torch.empty_like(loss), in_place=True)
+            backend.apply_upstream(grad, torch.empty_like(loss), in_place=True)
     finally:
         for name, kernel in originals.items():
-            setattr(kernels, name, kernel)
+            setattr(KERNELS[name], name, kernel)
     return launches
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
     """Compile a recorded launch for a target, specialised as Triton's own launcher does it."""
-    kernel = getattr(kernels, launch.kernel)
+    kernel = getattr(KERNELS[launch.kernel], launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = launch.arguments[parameter.name]

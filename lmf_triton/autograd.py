@@ -12,7 +12,7 @@ from .options import LossOptions
 
 
 class LMFFunction(Function):
-    """Loss with an analytic gradient from ``backend``, which is the module ``gpu`` or ``cpu``.
+    """Loss with an analytic gradient from ``backend``, which is the module ``plain`` or ``fused.backend``.
 
     With ``grad_in_forward`` the gradient for an upstream gradient of 1 is kept between forward and backward, and
     nothing else; otherwise the inputs and a few floats a row are, and backward computes the gradient.

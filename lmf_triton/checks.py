@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .options import REDUCTIONS, LossOptions
+from .shapes import class_axis
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
@@ -70,7 +71,7 @@ def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight
             f"target must have the shape of logits without the class axis, {tuple(expected)} for logits of shape "
             f"{tuple(shape)}, got {tuple(target.shape)}"
         )
-    n_classes = shape[min(len(shape) - 1, 1)]
+    n_classes = shape[class_axis(shape)]
     if n_classes == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(shape)}")
     if target.device != logits.device:

@@ -1,17 +1,12 @@
-"""The loss as a function, and the choice between the Triton kernels and plain PyTorch."""
-
-from types import ModuleType
+"""The loss as a function."""
 
 import torch
 from torch import Tensor
 
-from . import checks, cpu
+from . import checks, plain
 from .autograd import LMFFunction
-
-try:
-    from . import gpu
-except ImportError:  # Triton is not installed
-    gpu = None
+from .dispatch import backend_of as _backend
+from .shapes import class_axis
 
 
 def lmf_loss(
@@ -87,8 +82,8 @@ def lmf_loss(
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
     logits, target, margins, weight = map(checks.without_lazy_bits, (logits, target, margins, weight))
     backend = _backend(logits)
-    if check_target and backend is not cpu:  # cpu.py always checks
-        cpu.target_range(target, logits.shape[min(logits.ndim - 1, 1)], ignore_index)
+    if check_target and backend is not plain:  # which always checks
+        plain.target_range(target, logits.shape[class_axis(logits.shape)], ignore_index)
 
     if not (logits.requires_grad and torch.is_grad_enabled()):
         loss, _, _ = backend.forward(logits, target, margins, weight, options, with_grad=False, with_saved=False)
@@ -97,15 +92,3 @@ def lmf_loss(
         grad_in_forward = reduction != "none" and logits.dtype != torch.float16
     loss, _ = LMFFunction.apply(logits, target, margins, weight, options, grad_in_forward, backend)
     return loss
-
-
-def _backend(logits: Tensor) -> ModuleType:
-    """The module that computes the loss on the device of the logits."""
-    device = logits.device.type
-    if device == "cpu":
-        return gpu if gpu is not None and gpu.INTERPRETED else cpu
-    if device != "cuda":
-        raise ValueError(f"logits must be on a CPU or CUDA (or ROCm) device, got {logits.device}")
-    if gpu is None:
-        raise ValueError(f"logits on {logits.device} need Triton, which is not installed: pip install triton")
-    return gpu

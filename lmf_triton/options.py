@@ -1,9 +1,6 @@
-"""The settings of one loss, checked once by functional.py and handed down as one value; and its arithmetic dtype."""
+"""The settings of one loss, checked once and handed down as one value."""
 
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 REDUCTIONS = ("none", "sum", "mean", "mean_per_term")
 
@@ -38,8 +35,3 @@ class LossOptions(NamedTuple):
     @property
     def is_mean(self) -> bool:
         return self.reduction in ("mean", "mean_per_term")
-
-
-def arithmetic_dtype(logits: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic and of the loss."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32

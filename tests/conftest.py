@@ -15,7 +15,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from lmf_triton import cpu, functional  # noqa: E402
+from lmf_triton import functional, plain  # noqa: E402
 
 # The same draws in every run; `pytest --hypothesis-profile=long` draws new ones, for half an hour.
 if hypothesis is not None:
@@ -40,11 +40,11 @@ def device(request, monkeypatch) -> torch.device:
     """The device of the test's tensors. The test runs through the Triton kernels and the CPU path's three ways."""
     if request.param == "triton":
         return torch.device("cuda" if HAS_GPU else "cpu")
-    monkeypatch.setattr(functional, "_backend", lambda logits: cpu)
+    monkeypatch.setattr(functional, "_backend", lambda logits: plain)
     if request.param == "cpu, softmax":
-        monkeypatch.setattr(cpu, "SOFTMAX_CLASSES", 1)
+        monkeypatch.setattr(plain, "SOFTMAX_CLASSES", 1)
     if request.param == "cpu, extreme":  # every sample is taken for one
-        monkeypatch.setattr(cpu, "MIN_ODDS", math.inf)
+        monkeypatch.setattr(plain, "MIN_ODDS", math.inf)
     return torch.device("cpu")
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracle import assert_accurate, class_weights, evaluate, make_case
 
-from lmf_triton import launch, lmf_loss
+from lmf_triton import lmf_loss
+from lmf_triton.fused import launch
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmf_triton import launch
+from lmf_triton.fused import launch
+from lmf_triton.fused.layout import RowLayout, contiguous_strides, row_layout
 
 
-def offsets(layout: launch.RowLayout, tensor: int) -> list[int]:
+def offsets(layout: RowLayout, tensor: int) -> list[int]:
     """Where each sample of a tensor is, in the order in which the kernels count samples."""
     stride_group, stride_row = layout.strides[tensor]
     return [
@@ -42,7 +43,7 @@ def strided_tensors(draw):
 @given(strided_tensors())
 def test_rows_visit_each_sample_once_in_all_tensors_alike(drawn):
     shape, (first, second) = drawn
-    layout = launch.row_layout(shape, first.stride(), second.stride())
+    layout = row_layout(shape, first.stride(), second.stride())
     visited = list(zip(offsets(layout, 0), offsets(layout, 1), strict=True))
     samples = list(zip(first.reshape(-1).tolist(), second.reshape(-1).tolist(), strict=True))
     assert sorted(visited) == sorted(samples)
@@ -58,25 +59,25 @@ def test_rows_visit_each_sample_once_in_all_tensors_alike(drawn):
     ],
 )
 def test_common_layouts_take_one_launch(shape, strides, groups, rows):
-    layout = launch.row_layout(shape, strides, launch.contiguous_strides(shape))
+    layout = row_layout(shape, strides, contiguous_strides(shape))
     assert (layout.n_groups, layout.n_rows, len(layout.offsets)) == (groups, rows, 1)
 
 
 def test_dimensions_merge_in_the_order_of_memory():
     """A batch that is innermost in memory, in logits and target alike, is one group all the same."""
-    layout = launch.row_layout((3, 4, 5), (1, 15, 3), (1, 15, 3))
+    layout = row_layout((3, 4, 5), (1, 15, 3), (1, 15, 3))
     assert (layout.n_groups, layout.n_rows, layout.strides) == (1, 60, ((0, 1), (0, 1)))
 
 
 def test_other_layouts_take_the_fewest_launches():
     """Three dimensions that do not merge: the shortest of the outer ones is launched index by index."""
-    layout = launch.row_layout((6, 2, 5), (1000, 100, 3))
+    layout = row_layout((6, 2, 5), (1000, 100, 3))
     assert (layout.n_groups, layout.n_rows, len(layout.offsets)) == (6, 5, 2)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4), (2, 1, 5)])
 def test_contiguous_strides(shape):
-    assert launch.contiguous_strides(shape) == torch.empty(shape).stride()
+    assert contiguous_strides(shape) == torch.empty(shape).stride()
 
 
 SIZES = [1, 2, 7, 8, 19, 150, 256, 257, 1000, 1024, 8192, 8193, 32768, 32769, 262144, 1_000_000]

@@ -121,11 +121,11 @@ def test_target_and_logits_are_not_copied(triton_device, monkeypatch):
     case = make_case((4, 7, 5, 3), torch.float16).to(triton_device)
     logits = LAYOUTS_ND["channels last"](case.logits).requires_grad_()
     target = torch.stack([case.target, case.target], -1)[..., 0].to(torch.int16)
-    from lmf_triton import gpu
+    from lmf_triton.fused import backend
 
     seen = []
-    original = gpu._from
-    monkeypatch.setattr(gpu, "_from", lambda tensor, offset: seen.append(tensor) or original(tensor, offset))
+    original = backend._from
+    monkeypatch.setattr(backend, "_from", lambda tensor, offset: seen.append(tensor) or original(tensor, offset))
     lmf_loss(logits, target).backward()
     for tensor in (logits, target):
         assert any(t is not None and t.data_ptr() == tensor.data_ptr() and t.dtype == tensor.dtype for t in seen)

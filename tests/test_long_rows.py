@@ -11,7 +11,8 @@ import pytest
 import torch
 from oracle import assert_accurate, class_weights, evaluate, make_case
 
-from lmf_triton import gpu, launch, lmf_loss
+from lmf_triton import lmf_loss
+from lmf_triton.fused import backend, launch
 
 TILE = 128
 INF, NAN = math.inf, math.nan
@@ -23,10 +24,10 @@ def path(request, monkeypatch):
     monkeypatch.setattr(launch, "MAX_ONE_TILE_CLASSES", {4: TILE, 8: TILE})
     monkeypatch.setattr(launch, "MAX_SINGLE_PROGRAM_TILE", 2 * TILE)
     monkeypatch.setattr(launch, "LOOP_TILE", TILE)
-    monkeypatch.setattr(gpu, "_n_multiprocessors", lambda device: 1 if request.param == "loop" else 132)
+    monkeypatch.setattr(backend, "_n_multiprocessors", lambda device: 1 if request.param == "loop" else 132)
     launch.forward_config.cache_clear()
-    statistics = mock.Mock(wraps=gpu._statistics)
-    monkeypatch.setattr(gpu, "_statistics", statistics)
+    statistics = mock.Mock(wraps=backend._statistics)
+    monkeypatch.setattr(backend, "_statistics", statistics)
     yield
     launch.forward_config.cache_clear()
     assert statistics.called == (request.param == "split")

@@ -1,4 +1,4 @@
-"""The loss by Triton kernels: allocation and launches. cpu.py is its counterpart with the same three functions."""
+"""The loss by Triton kernels: allocation and launches. plain.py is its counterpart with the same three functions."""
 
 import contextlib
 from functools import lru_cache
@@ -8,11 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks, kernels, launch
-from .options import LossOptions, arithmetic_dtype
+from .. import checks
+from ..options import LossOptions
+from ..shapes import arithmetic_dtype, class_axis
+from . import launch
+from .kernels import elementwise, index
+from .layout import RowLayout, contiguous_strides, row_layout
 
 # True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
-INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(index.forward_kernel, triton.JITFunction)
 
 # Triton 3.10 is to change the default of this one. Results are within the tests' bounds either way.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
@@ -45,8 +49,8 @@ def forward(
     n_classes, class_stride, row_strides = _axes(logits)
     _, grad_class_stride, grad_row_strides = _axes(logits if grad is None else grad)
     # Where nothing is written per row, the logits' strides stand in: they keep no dimensions apart.
-    out_strides = launch.contiguous_strides(target.shape) if per_row or with_saved else row_strides
-    layout = launch.row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
+    out_strides = contiguous_strides(target.shape) if per_row or with_saved else row_strides
+    layout = row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
     logits_strides, target_strides, out_strides, grad_row_strides = layout.strides
     align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
     config = launch.forward_config(
@@ -76,7 +80,7 @@ def forward(
             totals = _totals(target, weight, n_classes, options.ignore_index, dtype)
         loss = logits.new_empty(target.shape if per_row else () if n_partials == 1 else n_partials, dtype=dtype)
         for i, (logits_at, target_at, out_at, grad_at) in enumerate(layout.offsets):
-            kernels.forward_kernel[(n_programs,)](
+            index.forward_kernel[(n_programs,)](
                 _from(logits, logits_at),
                 _from(target, target_at),
                 margins,
@@ -127,7 +131,7 @@ def _fill_gradient(grad: Tensor, saved: tuple[Tensor, ...], upstream: Tensor | N
     logits, target, coefs = saved
     n_classes, class_stride, row_strides = _axes(logits)
     _, grad_class_stride, grad_row_strides = _axes(grad)
-    layout = launch.row_layout(
+    layout = row_layout(
         target.shape,
         row_strides,
         target.stride(),
@@ -140,7 +144,7 @@ def _fill_gradient(grad: Tensor, saved: tuple[Tensor, ...], upstream: Tensor | N
     config = launch.elementwise_config(layout.n_rows, n_classes, coefs.dtype.itemsize)
     with _device_of(logits):
         for logits_at, target_at, coefs_at, upstream_at, grad_at in layout.offsets:
-            kernels.backward_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
+            index.backward_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
                 _from(logits, logits_at),
                 _from(target, target_at),
                 _from(coefs, coefs_at),
@@ -176,17 +180,17 @@ def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     if upstream.ndim == 0:
         # One factor for a dense tensor: its memory is one long row.
         n_classes, class_stride = grad.numel(), 1
-        layout = launch.row_layout((), (), ())
+        layout = row_layout((), (), ())
     else:
         n_classes, class_stride, row_strides = _axes(grad)
-        layout = launch.row_layout(upstream.shape, row_strides, upstream.stride())
+        layout = row_layout(upstream.shape, row_strides, upstream.stride())
     grad_strides, upstream_strides = layout.strides
     config = launch.elementwise_config(layout.n_rows, n_classes, upstream.dtype.itemsize)
     n_tiles = config.n_programs(layout.n_groups, layout.n_rows, n_classes)
     n_programs, steps = launch.upstream_grid(n_tiles)
     with _device_of(grad):
         for grad_at, upstream_at in layout.offsets:
-            kernels.upstream_kernel[(n_programs,)](
+            elementwise.upstream_kernel[(n_programs,)](
                 _from(grad, grad_at),
                 _from(upstream, upstream_at),
                 _from(out, grad_at),
@@ -208,13 +212,13 @@ def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
 
 def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """``(2, programs)``: parts of the sum of weights and of the number of samples that take part."""
-    layout = launch.row_layout(target.shape, target.stride())
+    layout = row_layout(target.shape, target.stride())
     (strides,) = layout.strides
     n_samples = layout.n_groups * layout.n_rows
     grid = launch.totals_grid(n_samples)
     totals = target.new_empty((len(layout.offsets), 2, grid.n_programs), dtype=dtype)
     for part, (target_at,) in zip(totals, layout.offsets, strict=True):
-        kernels.totals_kernel[(grid.n_programs,)](
+        elementwise.totals_kernel[(grid.n_programs,)](
             _from(target, target_at),
             weight,
             part,
@@ -236,7 +240,7 @@ def _statistics(
     logits: Tensor,
     target: Tensor,
     options: LossOptions,
-    layout: launch.RowLayout,
+    layout: RowLayout,
     config: launch.LaunchConfig,
     align: int,
 ) -> Tensor:
@@ -246,7 +250,7 @@ def _statistics(
     statistics = logits.new_empty((3, layout.n_rows, config.class_splits), dtype=arithmetic_dtype(logits))
     class_blocks = -(-n_classes // config.block_classes)
     with _device_of(logits):
-        kernels.statistics_kernel[(config.n_programs(1, layout.n_rows) * config.class_splits,)](
+        index.statistics_kernel[(config.n_programs(1, layout.n_rows) * config.class_splits,)](
             logits,
             target,
             statistics,
@@ -272,7 +276,7 @@ def _statistics(
 
 def _axes(logits: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """Number of classes, stride of the class axis, and strides of the sample axes."""
-    axis = min(logits.ndim - 1, 1)
+    axis = class_axis(logits.shape)
     strides = logits.stride()
     return logits.shape[axis], strides[axis], strides[:axis] + strides[axis + 1 :]
 

@@ -1,6 +1,6 @@
 """The loss in plain PyTorch operations: the same contract as the kernels, the gradient in closed form too.
 
-gpu.py is its counterpart with the same three functions.
+fused/backend.py is its counterpart with the same three functions.
 """
 
 import math
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import LossOptions, arithmetic_dtype
+from .options import LossOptions
+from .shapes import arithmetic_dtype, class_axis
 
 # Logits are worked through in pieces of about this many elements, which bounds the memory for widened half logits. On
 # two cores of an AMD EPYC (torch 2.15) smaller pieces lose more to the overhead of small operations than they gain in
@@ -28,7 +29,7 @@ SOFTMAX_CLASSES = 32
 
 LOG2_E = math.log2(math.e)  # PyTorch takes exp2 in a third of exp's time, or less
 
-BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in kernels.py
+BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in fused/math.py
 
 
 def forward(
@@ -79,7 +80,7 @@ def _evaluate(
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
     dtype = arithmetic_dtype(logits)
     classes = target.long()
-    low, high = target_range(classes, logits.shape[min(logits.ndim - 1, 1)], options.ignore_index)
+    low, high = target_range(classes, logits.shape[class_axis(logits.shape)], options.ignore_index)
     ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)

@@ -1,0 +1,83 @@
+"""Kernels that see no row as a whole."""
+
+import triton
+import triton.language as tl
+
+from ..rows import load_target, tile_mask, tile_ptrs, weight_of
+
+
+@triton.jit
+def totals_kernel(
+    target_ptr,  # (group, row), any integer type
+    weight_ptr,  # (class) or None
+    totals_ptr,  # (2, program): sum of weights, number of samples
+    ignore_index,
+    n_samples,
+    n_rows,
+    n_classes,
+    target_stride_group,
+    target_stride_row,
+    ONE_GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Each program's part of the denominators of a mean: sum of weights and number of samples that take part."""
+    dtype: tl.constexpr = totals_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    weight_sum = tl.zeros([BLOCK_ROWS], dtype)
+    count = tl.zeros([BLOCK_ROWS], dtype)
+    for step in range(STEPS):
+        samples = (step * n_programs + program).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        if ONE_GROUP:
+            offs = samples * target_stride_row
+        else:
+            offs = (samples // n_rows) * target_stride_group + (samples % n_rows) * target_stride_row
+        target, kept, _ = load_target(target_ptr + offs, samples < n_samples, n_classes, ignore_index)
+        weight_sum += weight_of(weight_ptr, target, kept, dtype)
+        count += kept.to(dtype)
+    tl.store(totals_ptr + program, tl.sum(weight_sum))
+    tl.store(totals_ptr + n_programs + program, tl.sum(count))
+
+
+@triton.jit
+def upstream_kernel(
+    grad_ptr,  # (group, row, class)
+    upstream_ptr,  # (group, row), strides 0 for a scalar
+    out_ptr,  # (group, row, class), strides of grad_ptr
+    n_tiles,
+    n_rows,
+    n_classes,
+    grad_stride_group,
+    grad_stride_row,
+    grad_stride_class,
+    upstream_stride_group,
+    upstream_stride_row,
+    IN_PLACE: tl.constexpr,  # out_ptr is grad_ptr
+    STEPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):
+    """out = upstream * grad. In place, a tile whose upstream gradients are all exactly 1 is not touched.
+
+    A program takes STEPS tiles: where nothing is to be done, starting one for each would be what costs.
+    """
+    class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
+    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    for step in range(STEPS):
+        tile = step * tl.num_programs(0) + tl.program_id(0)
+        group = (tile // class_blocks // row_blocks).to(tl.int64)
+        rows = (tile // class_blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        cols = (tile % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+        row_mask = rows < tl.where(tile < n_tiles, n_rows, 0)
+
+        upstream_ptrs = upstream_ptr + group * upstream_stride_group + rows * upstream_stride_row
+        upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
+        n_changed = tl.sum((upstream != 1.0).to(tl.int32))
+        if (n_changed > 0) or not IN_PLACE:
+            offs = tile_ptrs(group * grad_stride_group + rows * grad_stride_row, cols, grad_stride_class)
+            mask = tile_mask(row_mask, cols, n_classes)
+            grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
+            # 0 stays 0, also where it is an ignored sample's and its upstream gradient is infinite.
+            out = tl.where(grad == 0, 0.0, upstream[:, None] * grad)
+            tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
