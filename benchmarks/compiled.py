@@ -30,6 +30,7 @@ from benchmarks.measure import format_table
 from benchmarks.problems import PROBLEMS, Problem
 from lmf_triton.fused import backend
 from lmf_triton.fused.kernels import elementwise, index
+from lmf_triton.fused.launch import H100_MULTIPROCESSORS
 from lmf_triton.options import LossOptions
 
 TARGETS = {
@@ -44,9 +45,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 REGISTERS, WARPS, PROGRAMS, REGISTER_UNIT, SYSTEM_SHARED = 65536, 64, 32, 256, 1024
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 
-# An H100 SXM: bytes a second of a copy as published by its users; multiprocessors, clock, and what each of them
-# starts per clock: instructions of a warp, and special functions of a thread.
-H100_COPY, H100_SMS, H100_HERTZ, WARP_INSTRUCTIONS, SPECIAL_FUNCTIONS = 3.0e12, 132, 1.755e9, 4, 16
+# An H100 SXM: bytes a second of a copy as published by its users; clock, and what each of its multiprocessors starts
+# per clock: instructions of a warp, and special functions of a thread.
+H100_COPY, H100_HERTZ, WARP_INSTRUCTIONS, SPECIAL_FUNCTIONS = 3.0e12, 1.755e9, 4, 16
+H100_CLOCKS = H100_MULTIPROCESSORS * H100_HERTZ  # a second, of all of them
 
 # SASS mnemonics by what they use. What is left is control flow, predicates and moves.
 INSTRUCTION_MIX = {
@@ -123,7 +125,7 @@ class Report:
 
     def occupancy(self, num_warps: int, target: str) -> float:
         """Share of a multiprocessor's warps that can be resident at once."""
-        registers_a_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+        registers_a_warp = REGISTER_UNIT * triton.cdiv(self.registers * 32, REGISTER_UNIT)
         programs = min(
             REGISTERS // registers_a_warp // num_warps,
             WARPS // num_warps,
@@ -217,8 +219,8 @@ def h100_seconds(launch: Launch, report: Report) -> dict[str, float]:
     warps = launch.n_programs * launch.num_warps * launch.turns
     return {
         "bytes": launch.bytes_moved / H100_COPY,
-        "special": warps * 32 * report.count("MUFU") / (SPECIAL_FUNCTIONS * H100_SMS * H100_HERTZ),
-        "instructions": warps * report.instructions.total() / (WARP_INSTRUCTIONS * H100_SMS * H100_HERTZ),
+        "special": warps * 32 * report.count("MUFU") / (SPECIAL_FUNCTIONS * H100_CLOCKS),
+        "instructions": warps * report.instructions.total() / (WARP_INSTRUCTIONS * H100_CLOCKS),
     }
 
 
@@ -227,15 +229,22 @@ def table_row(problem: Problem, launch: Launch, report: Report, target: str) -> 
     n_rows = math.prod(problem.shape) // problem.shape[1]
     wide_loads, wide_stores = report.count("LDG", wide=True), report.count("STG", wide=True)
     seconds = h100_seconds(launch, report)
-    cells = [problem.name, launch, launch.n_programs, report.registers, report.stack, report.shared]
-    cells += [f"{report.occupancy(launch.num_warps, target):.0%}"]
-    cells += [
+    cells = (
+        problem.name,
+        launch,
+        launch.n_programs,
+        report.registers,
+        report.stack,
+        report.shared,
+        f"{report.occupancy(launch.num_warps, target):.0%}",
         f"{wide_loads} + {report.count('LDG') - wide_loads}",
         f"{wide_stores} + {report.count('STG') - wide_stores}",
-    ]
-    cells += ["/".join(map(str, report.mix.values())), f"{launch.bytes_moved / n_rows:.5g}"]
-    cells += [f"{1e6 * value:.3g}" for value in seconds.values()]
-    return [str(cell) for cell in (*cells, max(seconds, key=seconds.get))]
+        "/".join(map(str, report.mix.values())),
+        f"{launch.bytes_moved / n_rows:.5g}",
+        *(f"{1e6 * value:.3g}" for value in seconds.values()),
+        max(seconds, key=seconds.get),
+    )
+    return [str(cell) for cell in cells]
 
 
 HEADER = (
@@ -246,14 +255,15 @@ HEADER = (
     "spill bytes",
     "shared bytes",
     "occupancy",
-)
-HEADER += (
     "loads: of 16 bytes + other",
     "stores",
     "instructions: " + "/".join([*INSTRUCTION_MIX, "other"]),
     "bytes a row",
+    "H100 µs: bytes",
+    "special functions",
+    "instructions",
+    "longest",
 )
-HEADER += ("H100 µs: bytes", "special functions", "instructions", "longest")
 
 
 def main() -> None:
