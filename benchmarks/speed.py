@@ -7,67 +7,29 @@ told to keep freed memory, so that page faults do not decide.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import measure
-from benchmarks.contenders import CONTENDERS, OURS, Run
+from benchmarks.contenders import CONTENDERS, OURS
 from benchmarks.problems import CPU_PROBLEMS, GPU_PROBLEMS, PROBLEMS, Problem
+from benchmarks.timing import Comparison, Row, dtype_name, format_rows
 
 SECONDS, QUICK_SECONDS = 4.0, 0.5  # of timing for each problem and pass, shared by the contenders
+TIMES = {"forward_us": "forward µs", "forward_backward_us": "forward + backward µs"}
 
 
-def measure_problem(problem: Problem, device: torch.device, seconds: float) -> list[dict[str, object]]:
-    """One row for each contender: its medians and peak memory, or why there are none."""
-    torch.compiler.reset()  # compile for this shape alone, as one would to train with it
-    batch = problem.make(device)
-    runs = {contender.name: Run(contender, batch) for contender in CONTENDERS}
-    failures = {name: run.failure() for name, run in runs.items()}
-    sound = {name: run for name, run in runs.items() if not failures[name]}
-
+def measure_problem(problem: Problem, device: torch.device, seconds: float) -> list[Row]:
+    """A row for each contender."""
+    comparison = Comparison(problem, CONTENDERS, device)
     on_host = device.type == "cpu" or problem.launch_bound
     times = measure.host_times if on_host else measure.device_times
-    forward = times({name: run.forward for name, run in sound.items()}, device, seconds)
-    forward_backward = times({name: run.forward_backward for name, run in sound.items()}, device, seconds)
-    memory = {name: measure.peak_bytes(run.forward_backward, device) for name, run in sound.items()}
-    return [
-        {
-            "problem": problem.name,
-            "shape": "x".join(map(str, problem.shape)),
-            "dtype": str(problem.dtype).removeprefix("torch."),
-            "target_dtype": str(problem.target_dtype).removeprefix("torch."),
-            "contender": name,
-            "forward_us": _rounded(forward.get(name), 1e6),
-            "forward_backward_us": _rounded(forward_backward.get(name), 1e6),
-            "peak_mib": _rounded(memory.get(name), 2**-20),
-            "failure": failures[name],
-        }
-        for name in runs
-    ]
-
-
-def _rounded(value: float | None, factor: float) -> float | None:
-    return None if value is None else float(f"{value * factor:.4g}")
-
-
-def format_rows(rows: Sequence[dict]) -> str:
-    """The rows as a table, each time also as a multiple of ours on the same problem."""
-    ours = {row["problem"]: row for row in rows if row["contender"] == OURS}
-    lines = []
-    for row in rows:
-        cells = [f"{row['problem']} {row['shape']} {row['dtype']}", row["contender"]]
-        for column in ("forward_us", "forward_backward_us"):
-            time, our_time = row[column], ours[row["problem"]][column]
-            cells += ["-" if time is None else f"{time:,.0f}", f"{time / our_time:.2f}" if time and our_time else "-"]
-        cells.append("-" if row["peak_mib"] is None else f"{row['peak_mib']:,.3g}")
-        lines.append(cells)
-    header = ("problem", "loss", "forward µs", "× ours", "forward + backward µs", "× ours", "peak MiB")
-    notes = [f"{row['problem']}, {row['contender']}: {row['failure']}" for row in rows if row["failure"]]
-    notes.append("F.cross_entropy does less work than LMF: no margins, no focal factor.")
-    return "\n".join([measure.format_table(header, lines), "", *notes])
+    return comparison.rows(
+        {"target_dtype": dtype_name(problem.target_dtype)},
+        {column: times(comparison.calls(column.removesuffix("_us")), device, seconds) for column in TIMES},
+    )
 
 
 def main() -> int:
@@ -93,7 +55,8 @@ def main() -> int:
 
     output = args.output or measure.results_folder(args.device) / "speed.csv"
     measure.write_csv(output, rows, environment)
-    print(format_rows(rows))
+    print(format_rows(rows, TIMES, OURS, TIMES))
+    print("F.cross_entropy does less work than LMF: no margins, no focal factor.")
     print(f"\n{environment}\n{output}")
     return 1 if any(row["failure"] for row in rows if row["contender"] == OURS) else 0
 

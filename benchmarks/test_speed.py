@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.contenders import CONTENDERS, OURS, Run
+from benchmarks.contenders import CONTENDERS, OURS
 from benchmarks.measure import synchronize
 from benchmarks.problems import CPU_PROBLEMS, GPU_PROBLEMS
+from benchmarks.timing import Comparison
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -18,15 +19,15 @@ pytestmark = pytest.mark.filterwarnings("default:::torch")
     "problem", CPU_PROBLEMS if DEVICE.type == "cpu" else GPU_PROBLEMS, ids=lambda problem: problem.name
 )
 def test_forward_backward(benchmark, problem, contender):
-    torch.compiler.reset()
-    run = Run(contender, problem.make(DEVICE))
-    failure = run.failure()
+    comparison = Comparison(problem, [contender], DEVICE)
+    failure = comparison.failures[contender.name]
     if failure and contender.name != OURS:
         pytest.skip(failure)
     assert not failure
+    call = comparison.calls("forward_backward")[contender.name]
 
     def forward_backward():
-        run.forward_backward()
+        call()
         synchronize(DEVICE)
 
     benchmark.group = f"{problem.name} {problem.shape}"

@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, measure
+from benchmarks import measure, speed
 from benchmarks.contenders import COMPILED, CONTENDERS, OURS, Contender, Run, importable_peers
+from benchmarks.gpu.__main__ import write_results
+from benchmarks.gpu.device_tests import run_tests
+from benchmarks.gpu.measuring import COPY, format_problems, measure_problem
+from benchmarks.gpu.targets import TARGETS, target_lines
 from benchmarks.problems import Problem
+from benchmarks.timing import Row
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -18,17 +23,22 @@ EAGER_CONTENDERS = [contender for contender in CONTENDERS if not contender.compi
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[gpu.Row]:
-    """Rows as on a GPU, where every call is run once and takes as many microseconds as calls went before it."""
-    clock = itertools.count(1)
+def clock(monkeypatch) -> None:
+    """Every call is run once, and takes as many microseconds as calls went before it."""
+    ticks = itertools.count(1)
 
     def times(calls, device, seconds, prepare=None):
         for name, call in calls.items():
             call(*((prepare[name](),) if prepare else ()))
-        return {name: 1e-6 * next(clock) for name in calls}
+        return {name: 1e-6 * next(ticks) for name in calls}
 
     for name in "device_times", "host_times", "graph_times":
         monkeypatch.setattr(measure, name, times)
+
+
+@pytest.fixture
+def measured(clock) -> list[Row]:
+    """Rows as on a GPU."""
     problems = [
         Problem("tiny", (32, 7), "", launch_bound=True),
         Problem("large_1k_bf16", (64, 1024), "", torch.bfloat16),
@@ -36,11 +46,11 @@ def measured(monkeypatch) -> list[gpu.Row]:
         Problem("dense_2", (2, 2, 8, 8), "", target_dtype=torch.uint8),
         Problem("rows_32", (32, 1000), ""),
     ]
-    return [row for problem in problems for row in gpu.measure_problem(problem, EAGER_CONTENDERS, CPU, 0.0)]
+    return [row for problem in problems for row in measure_problem(problem, EAGER_CONTENDERS, CPU, 0.0)]
 
 
 def test_every_contender_is_checked_and_measured_on_every_problem(measured):
-    names = [gpu.COPY, *(contender.name for contender in EAGER_CONTENDERS)]
+    names = [COPY, *(contender.name for contender in EAGER_CONTENDERS)]
     assert [row["contender"] for row in measured] == 5 * names
     assert not any(row["failure"] for row in measured)
     ours = [row for row in measured if row["contender"] == OURS]
@@ -48,12 +58,22 @@ def test_every_contender_is_checked_and_measured_on_every_problem(measured):
     assert [row["graph_us"] is not None for row in ours] == [True, False, False, False, False]
 
 
+def test_result_files_keep_their_columns(measured, clock, monkeypatch):
+    monkeypatch.setattr(speed, "CONTENDERS", EAGER_CONTENDERS)
+    rows = speed.measure_problem(Problem("tiny", (32, 7), ""), CPU, 0.0)
+    committed = (ROOT / "benchmarks/results/amd-epyc/speed.csv").read_text().partition("\n")[0].split(",")
+    assert [*rows[0], *measure.environment(CPU)] == committed
+    times = ["forward_us", "backward_us", "forward_backward_us", "eager_us", "graph_us"]
+    columns = ["problem", "shape", "dtype", "logits_mib", "contender", *times, "peak_mib", "failure"]
+    assert all(list(row) == columns for row in measured)
+
+
 def test_results_and_targets_are_written(measured, tmp_path):
-    gpu.write_results(measured, tmp_path, {"device": "none"})
+    write_results(measured, tmp_path, {"device": "none"})
     assert {path.name for path in tmp_path.iterdir()} == {*("targets.md", "bandwidth.png", "time.png", "memory.png")}
-    assert OURS in gpu.format_rows(measured)
-    lines = {line[0]: line for line in gpu.target_lines(measured)}
-    assert len(lines) == len(gpu.TARGETS)
+    assert OURS in format_problems(measured)
+    lines = {line[0]: line for line in target_lines(measured)}
+    assert len(lines) == len(TARGETS)
     assert lines["torch.compile LMF"][2] == lines["Liger CE"][2] == "not measured"
     assert lines["copy, C = 1K to 32K"][2] in ("0 of 1", "1 of 1")
     assert lines["eager LMF"][2].endswith(" of 3")
@@ -64,9 +84,9 @@ def test_a_target_is_met_or_missed(ours_us, met):
     row = {"problem": "large_4k_bf16", "shape": "65536x4096", "logits_mib": 512.0, "peak_mib": 512.0, "forward_us": 1.0}
     rows = [
         row | {"contender": OURS, "forward_backward_us": ours_us},
-        row | {"contender": gpu.COPY, "forward_backward_us": 100.0},
+        row | {"contender": COPY, "forward_backward_us": 100.0},
     ]
-    (line,) = [line for line in gpu.target_lines(rows) if line[0].startswith("copy, C = 1K")]
+    (line,) = [line for line in target_lines(rows) if line[0].startswith("copy, C = 1K")]
     assert line[2] == met
 
 
@@ -116,13 +136,13 @@ def test_the_tests_run_with_what_is_installed(tmp_path, monkeypatch):
         (tmp_path / "tests" / name).write_text(content)
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     output = tmp_path / "tests.txt"
-    assert gpu.run_tests(output, 60)
+    assert run_tests(output, 60)
     assert "not run, for want of a_module_that_is_not_there: tests/test_wants.py" in output.read_text()
     assert output.read_text().count("1 passed") == 2
     (tmp_path / "tests" / "test_other.py").write_text("def test_b(): assert False")
-    assert not gpu.run_tests(output, 60)
+    assert not run_tests(output, 60)
     (tmp_path / "tests" / "test_other.py").write_text("import time\ndef test_b(): time.sleep(60)")
-    assert not gpu.run_tests(output, 8)
+    assert not run_tests(output, 8)
     assert "stopped after 8 s" in output.read_text()
 
 
