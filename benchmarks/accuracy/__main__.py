@@ -50,34 +50,34 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
 def train_one(task: protocol.Task, loss: str, seed: int, folder: Path) -> results.Run:
     """Train with one loss and seed, and look at the test part once."""
     start = time.perf_counter()
-    parts = protocol.split(task.dataset, seed)
-    counts = protocol.class_counts(task.dataset, parts.train)
+    split = protocol.split(task.dataset, seed)
+    counts = protocol.class_counts(task.dataset, split.train)
     criterion = protocol.make_criterion(loss, counts)
     schedule = protocol.make_schedule(loss, criterion, counts, task.epochs)
-    network, checkpoint = protocol.train(task, parts, seed, criterion, schedule, f"{loss}, seed {seed}")
+    network, checkpoint = protocol.train(task, split, seed, criterion, schedule, f"{loss}, seed {seed}")
     if seed == GRAD_CAM_SEED:
-        report.add_grad_cam(folder, loss, explain(task, parts, network))
+        report.add_grad_cam(folder, loss, explain(task, split, network))
     return results.Run(
         loss=loss,
         seed=seed,
-        indices=parts.test,
-        labels=task.dataset.labels[parts.test],
-        predicted=protocol.predict(network, task, parts.test),
+        indices=split.test,
+        labels=task.dataset.labels[split.test],
+        predicted=protocol.predict(network, task, split.test),
         best_epoch=checkpoint.epoch,
         validation_f1=checkpoint.validation_f1,
         seconds=time.perf_counter() - start,
     )
 
 
-def rarest_test_image(task: protocol.Task, parts: protocol.Split) -> int:
+def rarest_test_image(task: protocol.Task, split: protocol.Split) -> int:
     """The first test image of the rarest class: chosen without a look at any prediction."""
-    counts = protocol.class_counts(task.dataset, parts.train)
-    return int(parts.test[task.dataset.labels[parts.test] == counts.index(min(counts))][0])
+    counts = protocol.class_counts(task.dataset, split.train)
+    return int(split.test[task.dataset.labels[split.test] == counts.index(min(counts))][0])
 
 
-def explain(task: protocol.Task, parts: protocol.Split, network: nn.Module) -> dict[str, list]:
+def explain(task: protocol.Task, split: protocol.Split, network: nn.Module) -> dict[str, list]:
     """Grad-CAM of one test image."""
-    index = rarest_test_image(task, parts)
+    index = rarest_test_image(task, split)
     whole = task.model.on_images(network, task.weights).to(task.device)
     return report.grad_cam(whole, models.read_image(task.model, task.dataset, index), int(task.dataset.labels[index]))
 
@@ -89,9 +89,9 @@ def write_report(task: protocol.Task, settings: dict, folder: Path) -> str:
     found = report.Results(
         title=f"{dataset.name}, {task.model.name}",
         class_names=dataset.class_names,
-        training_counts=tuple(tuple(protocol.class_counts(dataset, parts.train)) for parts in splits),
+        training_counts=tuple(tuple(protocol.class_counts(dataset, split.train)) for split in splits),
         runs=tuple(results.read_runs(folder, dataset.class_names)),
-        note=test_note(dataset.is_test is not None, [len(parts.test) for parts in splits]),
+        note=test_note(dataset.is_test is not None, [len(split.test) for split in splits]),
     )
     tables = {"table1.md": report.table_1(found), "table2.md": report.table_2(found)}
     for name, table in tables.items():

@@ -415,7 +415,7 @@ def _eyes_of_patients(sheet: Path) -> list[Eye]:
 def _classes_of_keywords(keywords: str) -> set[str]:
     """The classes of an eye; the sheet separates its keywords by commas, mostly full-width ones."""
     found = {keyword.strip().lower() for keyword in re.split("[,，]", keywords)} - ODIR5K_PHOTOGRAPH_KEYWORDS - {""}
-    return {next((name for part, name in ODIR5K_KEYWORDS.items() if part in keyword), "O") for keyword in found}
+    return {next((name for word, name in ODIR5K_KEYWORDS.items() if word in keyword), "O") for keyword in found}
 
 
 def _hot_class(row: dict[str, str], sheet: Path) -> str:

@@ -19,11 +19,11 @@ from benchmarks.accuracy.data import Dataset
 LENGTH = 16  # hexadecimal digits
 
 
-def digest(parts: Iterable[bytes]) -> str:
-    """Of these parts in this order: a hash of their hashes, which moves no byte from one part to the next unseen."""
+def digest(pieces: Iterable[bytes]) -> str:
+    """Of these pieces in this order: a hash of their hashes, which moves no byte from one piece to the next unseen."""
     total = hashlib.sha256()
-    for part in parts:
-        total.update(hashlib.sha256(part).digest())
+    for piece in pieces:
+        total.update(hashlib.sha256(piece).digest())
     return total.hexdigest()[:LENGTH]
 
 
@@ -62,9 +62,9 @@ def of_weights(network: nn.Module) -> str:
     """Of all weights and buffers as loaded, whatever file or package they came from."""
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     return digest(
-        part
+        piece
         for name, tensor in tensors.items()
-        for part in (
+        for piece in (
             f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(),
             tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes(),
         )

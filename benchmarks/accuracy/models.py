@@ -251,8 +251,8 @@ def load_inputs(model: Model, dataset: Dataset, cache: Path, weights: Path | Non
 
 def _features_fingerprint(model: Model, dataset: Dataset, encoder: Encoder) -> str:
     """Of what features depend on, besides the code, the versions of packages and the device: those are trusted."""
-    parts = (fingerprint.of_images(dataset), fingerprint.of_weights(encoder), model.image_mode, str(model.image_size))
-    return fingerprint.digest(part.encode() for part in parts)
+    pieces = (fingerprint.of_images(dataset), fingerprint.of_weights(encoder), model.image_mode, str(model.image_size))
+    return fingerprint.digest(piece.encode() for piece in pieces)
 
 
 def _read_features(path: Path, n_images: int) -> np.ndarray | None:

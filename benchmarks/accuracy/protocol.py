@@ -75,12 +75,12 @@ def split(dataset: Dataset, seed: int) -> Split:
     if dataset.long_tail is not None:
         rest = _draw(dataset.labels, rest, dataset.long_tail, seed)
     train, validation = _divide(dataset, rest, validation_share, train_share, seed)
-    parts = Split(train, validation, test)
-    for part, indices in parts._asdict().items():
+    divided = Split(train, validation, test)
+    for part, indices in divided._asdict().items():
         for name, count in zip(dataset.class_names, class_counts(dataset, indices), strict=True):
             if count == 0:
                 raise SplitError(f"{dataset.name}, seed {seed}: the {part} part has no image of the class {name!r}")
-    return parts
+    return divided
 
 
 def _divide(
@@ -118,12 +118,12 @@ def class_counts(dataset: Dataset, indices: np.ndarray) -> list[int]:
 def shrink(dataset: Dataset) -> Dataset:
     """The first few images of each class, of the official test set too, for a quick trial of the whole command."""
     is_test = np.zeros(len(dataset), bool) if dataset.is_test is None else dataset.is_test
-    parts = [
-        np.flatnonzero((dataset.labels == label) & (is_test == part))[:QUICK_IMAGES]
+    first = [
+        np.flatnonzero((dataset.labels == label) & (is_test == side))[:QUICK_IMAGES]
         for label in range(dataset.n_classes)
-        for part in (False, True)
+        for side in (False, True)
     ]
-    kept = np.sort(np.concatenate(parts))
+    kept = np.sort(np.concatenate(first))
     tail = dataset.long_tail and tuple(
         max(QUICK_RAREST, QUICK_IMAGES * count // max(dataset.long_tail)) for count in dataset.long_tail
     )
@@ -195,33 +195,33 @@ def set_up(threads: int) -> None:
 
 
 def train(
-    task: Task, parts: Split, seed: int, criterion: nn.Module, schedule: DeferredReweighting | None, title: str
+    task: Task, split: Split, seed: int, criterion: nn.Module, schedule: DeferredReweighting | None, title: str
 ) -> tuple[nn.Module, Checkpoint]:
     """Train a network with this loss, and take it back to its best epoch. The test part is not looked at."""
-    network = initial_network(task, parts, seed)
+    network = initial_network(task, split, seed)
     criterion = criterion.to(task.device)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=task.model.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
     )
-    n_steps = task.epochs * math.ceil(len(parts.train) / BATCH_SIZE)
+    n_steps = task.epochs * math.ceil(len(split.train) / BATCH_SIZE)
     # Counted in steps, so that the shares hold for a few epochs too.
     decay = torch.optim.lr_scheduler.StepLR(optimizer, max(1, round(STEP_SHARE * n_steps)), STEP_FACTOR)
     best, best_state = Checkpoint(0, -1.0), {}
     for epoch in tqdm(range(task.epochs), title, unit="epoch", leave=False):
         if schedule is not None:
             schedule.step(epoch)
-        _train_epoch(network, task, batches(parts.train, seed, epoch), criterion, optimizer, decay)
-        f1 = macro_f1(task.dataset.labels[parts.validation], predict(network, task, parts.validation))
+        _train_epoch(network, task, batches(split.train, seed, epoch), criterion, optimizer, decay)
+        f1 = macro_f1(task.dataset.labels[split.validation], predict(network, task, split.validation))
         if f1 > best.validation_f1:
             best, best_state = Checkpoint(epoch + 1, f1), copy.deepcopy(network.state_dict())
     network.load_state_dict(best_state)
     return network, best
 
 
-def initial_network(task: Task, parts: Split, seed: int) -> nn.Module:
+def initial_network(task: Task, split: Split, seed: int) -> nn.Module:
     """The network before training: the same for all losses of a seed. Seeds what follows, too: flips and dropout."""
     torch.manual_seed(seed)
-    training_inputs = task.inputs[torch.from_numpy(parts.train)]
+    training_inputs = task.inputs[torch.from_numpy(split.train)]
     network = task.model.make_network(training_inputs, task.dataset.n_classes, task.head, task.weights)
     return network.to(task.device)
 

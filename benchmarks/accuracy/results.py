@@ -159,8 +159,8 @@ def _data_differences(earlier: dict, data: dict) -> list[str]:
     """What of the data differs and, so that nobody looks there, what does not."""
     other = [name for name in data if earlier.get(name) != data[name]]
     same = [name for name in data if name not in other and data[name] is not None]
-    parts = (f"other {', '.join(other)}" if other else "", f"but the same {', '.join(same)}" if same else "")
-    return [", ".join(filter(None, parts))] if other else []
+    clauses = (f"other {', '.join(other)}" if other else "", f"but the same {', '.join(same)}" if same else "")
+    return [", ".join(filter(None, clauses))] if other else []
 
 
 def _read_settings(folder: Path) -> dict:

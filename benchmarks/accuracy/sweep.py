@@ -72,10 +72,10 @@ def train_all(task: protocol.Task, seeds: Sequence[int]) -> list[dict[str, objec
     """Validation macro-F1 of each variant and seed."""
     rows = []
     for seed, variant in tqdm([(seed, variant) for seed in seeds for variant in VARIANTS], "sweep", unit="run"):
-        parts = protocol.split(task.dataset, seed)
-        criterion = variant.make(protocol.class_counts(task.dataset, parts.train))
+        split = protocol.split(task.dataset, seed)
+        criterion = variant.make(protocol.class_counts(task.dataset, split.train))
         title = f"{variant.name}, seed {seed}"
-        _, checkpoint = protocol.train(replace(task, head=variant.head), parts, seed, criterion, None, title)
+        _, checkpoint = protocol.train(replace(task, head=variant.head), split, seed, criterion, None, title)
         rows.append(
             {
                 "factor": variant.factor,
