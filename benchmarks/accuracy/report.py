@@ -220,6 +220,7 @@ def grad_cam(network: nn.Module, image: np.ndarray, label: int) -> dict[str, lis
     Args:
         network: from images to logits, its encoder first; see ``Model.on_images``.
         image: uint8, ``(1 or 3, H, W)``.
+        label: this class.
     """
     with_log_softmax = nn.Sequential(network, nn.LogSoftmax(1)).eval()
     batch = torch.from_numpy(image)[None].to(next(network.parameters()).device)
