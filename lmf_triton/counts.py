@@ -2,13 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .checks import check_plain
 
-ClassCounts = Sequence[float] | Mapping[int, float] | Tensor
+
+class Array(Protocol):
+    """What NumPy makes an array of: its own arrays, pandas Series."""
+
+    def __array__(self) -> Any: ...
+
+
+ClassCounts = Sequence[float] | Mapping[int, float] | Tensor | Array
 
 
 def counts_in_order(class_counts: ClassCounts) -> list[float]:
@@ -23,8 +31,7 @@ def counts_in_order(class_counts: ClassCounts) -> list[float]:
         TypeError: a count is not a number, or the counts are a DTensor.
         ValueError: a count is not finite and positive (its class is named), or the keys are not the classes.
     """
-    has_keys = hasattr(class_counts, "keys") and hasattr(class_counts, "items")
-    given = _by_class(class_counts) if has_keys else class_counts
+    given = _by_class(class_counts) if _has_keys(class_counts) else class_counts
     if isinstance(given, Tensor):
         check_plain("class_counts", given)
     try:
@@ -45,6 +52,11 @@ def counts_in_order(class_counts: ClassCounts) -> list[float]:
                 "leave the class out, or give it the count 1"
             )
     return numbers
+
+
+def _has_keys(class_counts: ClassCounts) -> TypeGuard[Mapping[int, float]]:
+    """A pandas Series has keys and is no Mapping."""
+    return hasattr(class_counts, "keys") and hasattr(class_counts, "items")
 
 
 def _by_class(class_counts: Mapping[int, float]) -> list[float]:

@@ -1,6 +1,10 @@
 """The losses as modules: margins and weights are buffers, the rest is one call of :func:`lmf_loss`."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any, Final, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +16,21 @@ from .functional import lmf_loss
 from .margins import ldam_margins
 
 BUFFERS = ("margins", "weight")
-# Arguments of the losses and of lmf_loss. Each module has some of them as attributes, and none without effect.
-ARGUMENTS = ("alpha", "beta", "gamma", "max_margin", "scale", "ignore_index", "reduction", "class_counts", "margins")
-ARGUMENTS += ("grad_in_forward", "check_target")
+# What people may take for a setting of any loss. On one that has none of that name, it would have no effect.
+ARGUMENTS = {"class_counts", "max_margin", *signature(lmf_loss).parameters} - {"logits", "target", "weight"}
+
+
+class Terms(TypedDict):
+    """The arguments of ``lmf_loss`` that tell one loss from another."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    scale: float
 
 
 class LossModule(nn.Module):
-    """What the three losses share: the buffers, and settings, which are attributes that ``repr`` shows.
+    """What the losses share. Each adds its constructor, whose arguments are its settings and attributes, and its terms.
 
     The buffers are the module's own: what is handed in or assigned is copied. Beside them the module keeps what they
     were made from, so that they can be made again where ``to_empty`` has left them without values.
@@ -26,122 +38,47 @@ class LossModule(nn.Module):
 
     margins: Tensor | None
     weight: Tensor | None
-    _setting_names: tuple[str, ...] = ()
-    _class_counts: tuple[float, ...] | None = None
-    _given_weight: Tensor | None = None  # what the module was built with, or was assigned
-    _weight_is_missing = False  # it was handed in on the meta device; NaN holds its place
+    __call__: Callable[..., Tensor]
+    _settings: tuple[str, ...] = ()
+    _given: dict[str, Tensor | None]  # the buffers that were handed in or assigned, as they were then
+    _without_values: set[str]  # those that were on the meta device; NaN holds their place
+    _new_margins: Callable[[], Tensor]  # from the class counts
 
-    def __init__(self, class_counts: ClassCounts | None, weight: Tensor | None, **settings) -> None:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__module__ == __name__:  # a user's subclass has the settings of its base
+            cls._settings = tuple(name for name in signature(cls).parameters if name not in ("class_counts", *BUFFERS))
+
+    def __init__(
+        self,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        class_counts: ClassCounts = (),
+        max_margin: float = 0.0,
+    ) -> None:
         super().__init__()
-        self._setting_names = tuple(settings)
-        for name, value in settings.items():
-            setattr(self, name, value)
+        self.ignore_index: int = ignore_index
+        self.reduction: str = reduction
+        self._given, self._without_values = {}, set()
         margins = None
-        if "max_margin" in settings:
-            self._class_counts = tuple(counts_in_order(class_counts))
-            margins = ldam_margins(class_counts, max_margin=self.max_margin)
+        if "max_margin" in self._settings:
+            margins = ldam_margins(class_counts, max_margin=max_margin)
+            self._new_margins = partial(ldam_margins, counts_in_order(class_counts), max_margin=max_margin)
         check_per_class("weight", weight, None if margins is None else len(margins))
-        self.register_buffer("margins", margins)
+        super().register_buffer("margins", margins)
         self.register_buffer("weight", weight)
         self._trace = self._follow_buffers(torch.empty(0, dtype=torch.float32))
 
-    def reset_parameters(self) -> None:
-        """Write margins and weight as they were when the module was built, into the buffers that are there.
+    def _terms(self) -> Terms:
+        raise NotImplementedError
 
-        ``to_empty`` does so by itself; whoever materialises a module in another way calls this. A weight that was
-        handed in on the meta device has no values: the forward pass refuses it until it is loaded or assigned.
-        """
-        for name in BUFFERS:
-            if getattr(self, name) is not None:
-                self._write_anew(name)
+    def _check_settings(self) -> None:
+        check_options(**self._terms(), ignore_index=self.ignore_index, reduction=self.reduction)
 
-    def _write_anew(self, name: str) -> None:
-        buffer = getattr(self, name)
-        if name == "margins":
-            with torch.device(buffer.device):
-                values = ldam_margins(self._class_counts, max_margin=self.max_margin)
-        else:
-            values = self._given_weight
-            self._weight_is_missing = values is None or values.is_meta
-            if self._weight_is_missing:
-                values = torch.full_like(buffer, math.nan)
-        with torch.no_grad():
-            buffer.copy_(values)
-
-    def _apply(self, fn, recurse=True):
-        """Move or cast, by whatever method of ``nn.Module``; values that did not come along are written anew."""
-        before = {name: getattr(self, name) for name in BUFFERS}
-        with _Allocations() as allocations:
-            super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            is_new = buffer is not None and not getattr(self, name).is_meta
-            if is_new and (buffer.is_meta or allocations.seen):
-                self._write_anew(name)
-        if self.margins is None and self.weight is None:
-            # From the meta device nothing can be moved but by to_empty; an empty tensor has nothing to lose.
-            self._trace = fn(self._trace.new_empty(0, device="cpu") if self._trace.is_meta else self._trace)
-        self._trace = self._follow_buffers(self._trace)
-        return self
-
-    def _follow_buffers(self, trace: Tensor) -> Tensor:
-        """An empty tensor that is where the module is, as it knows without buffers too: where they are, else itself."""
-        return next((buffer.new_empty(0) for buffer in (self.margins, self.weight) if buffer is not None), trace)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        super().register_buffer(name, self._taken(name, tensor), persistent)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        given = self._given_weight  # of a checkpoint nobody knows what a schedule had written before it was saved
-        super()._load_from_state_dict(*args, **kwargs)
-        self._given_weight = given
-
-    def __setattr__(self, name: str, value: object) -> None:
-        self._check_assignment(name)
-        super().__setattr__(name, self._taken(name, value))
-
-    def _taken(self, name: str, value: object) -> object:
-        """The value, of a buffer a copy: what a user hands in stays the user's. A weight is remembered as well."""
-        if name not in BUFFERS or not (value is None or isinstance(value, Tensor)):
-            return value
-        check_per_class(name, value, None)
-        if name == "weight":
-            self._given_weight, self._weight_is_missing = _copy(value), False
-        return _copy(value)
-
-    def _check_assignment(self, name: str) -> None:
-        """Raise an AttributeError for a setting that would be accepted without effect."""
-        if name not in ARGUMENTS:
-            return
-        loss = type(self).__name__
-        if name == "max_margin" and name in self._setting_names and name in self.__dict__:
-            raise AttributeError(
-                f"max_margin of a {loss} is fixed when it is built, since the margins follow from it: build another, "
-                "or assign margins, criterion.margins = ldam_margins(class_counts, max_margin=...)"
-            )
-        has_it = name in self._setting_names if name != "margins" else self._class_counts is not None
-        is_subclass = type(self).__module__ != __name__  # what it does with attributes is its own affair
-        if not has_it and not is_subclass:
-            raise AttributeError(f"{name} cannot be set on a {loss}, where it would have no effect")
-
-    def _check_weight(self) -> None:
-        """Refuse a weight without values, unless it was loaded or written to since then. Asks the device only then."""
-        if bool(self.weight.isnan().all()):
-            raise RuntimeError(
-                "the loss's weight has no values: it was handed in on the meta device. Load a state_dict, assign it "
-                "(criterion.weight = ...), or build the loss with a weight on another device"
-            )
-        self._weight_is_missing = False
-
-    def extra_repr(self) -> str:
-        shown = {} if self.margins is None else {"n_classes": len(self.margins)}
-        shown |= {name: getattr(self, name) for name in self._setting_names}
-        shown["weight"] = None if self.weight is None else tuple(self.weight.shape)
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-    def _evaluate(self, logits: Tensor, target: Tensor, **terms: float) -> Tensor:
-        """The loss with these settings of its terms, and the module's margins, weight and averaging."""
-        if self._weight_is_missing:
-            self._check_weight()
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self._without_values:
+            self._check_values()
         return lmf_loss(
             logits,
             target,
@@ -149,8 +86,99 @@ class LossModule(nn.Module):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            **terms,
+            **self._terms(),
         )
+
+    def extra_repr(self) -> str:
+        shown: dict[str, object] = {} if self.margins is None else {"n_classes": len(self.margins)}
+        shown |= {name: getattr(self, name) for name in self._settings}
+        shown["weight"] = None if self.weight is None else tuple(self.weight.shape)
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        # The value's type is nn.Module's, so that type checkers as well refuse the settings that a loss does not have.
+        self._check_assignment(name)
+        if name in BUFFERS and (value is None or isinstance(value, Tensor)):  # a Parameter is no exception
+            self.register_buffer(name, value, name not in self._non_persistent_buffers_set)
+        else:
+            super().__setattr__(name, value)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name in BUFFERS:
+            check_per_class(name, tensor, None)
+            self._given[name], tensor = _copy(tensor), _copy(tensor)
+            self._without_values.discard(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        given = self._given.copy()  # of a checkpoint nobody knows what a schedule had written before it was saved
+        super()._load_from_state_dict(*args, **kwargs)
+        self._given = given
+
+    def _check_assignment(self, name: str) -> None:
+        """Raise an AttributeError for a setting that would be accepted without effect."""
+        loss = type(self)
+        if name == "max_margin" and name in self._settings and name in self.__dict__:
+            raise AttributeError(
+                f"max_margin of a {loss.__name__} is fixed when it is built, since the margins follow from it: build "
+                "another, or assign margins, criterion.margins = ldam_margins(class_counts, max_margin=...)"
+            )
+        has_it = ("max_margin" if name == "margins" else name) in self._settings
+        is_subclass = loss.__module__ != __name__  # what it does with attributes is its own affair
+        if name in ARGUMENTS and not has_it and not is_subclass:
+            raise AttributeError(f"{name} cannot be set on a {loss.__name__}, where it would have no effect")
+
+    def reset_parameters(self) -> None:
+        """Write margins and weight, as they were built or assigned, into the buffers that are there.
+
+        ``to_empty`` does so by itself; whoever materialises a module in another way calls this. What was handed in on
+        the meta device has no values: the forward pass refuses it until it is loaded or assigned.
+        """
+        for name, buffer in self._own_buffers().items():
+            self._write_anew(name, buffer)
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer for name in BUFFERS if (buffer := getattr(self, name)) is not None}
+
+    def _write_anew(self, name: str, buffer: Tensor) -> None:
+        if name in self._given:
+            values = self._given[name]
+        else:
+            with torch.device(buffer.device):
+                values = self._new_margins()
+        if values is None or (values.is_meta and not buffer.is_meta):
+            self._without_values.add(name)
+            values = torch.full_like(buffer, math.nan)
+        with torch.no_grad():
+            buffer.copy_(values)
+
+    def _check_values(self) -> None:
+        """Refuse buffers without values, unless they were loaded or written to since. Asks the device only then."""
+        for name, buffer in self._own_buffers().items():
+            if name in self._without_values and bool(buffer.isnan().all()):
+                raise RuntimeError(
+                    f"the loss's buffer {name} has no values: it was handed in on the meta device. Load a state_dict, "
+                    f"assign it (criterion.{name} = ...), or hand it in on another device"
+                )
+        self._without_values.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LossModule":
+        """Move or cast, by whatever method of ``nn.Module``; values that did not come along are written anew."""
+        before = self._own_buffers()
+        with _Allocations() as allocations:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._own_buffers().items():
+            if not buffer.is_meta and (before[name].is_meta or allocations.seen):
+                self._write_anew(name, buffer)
+        if not before:
+            # From the meta device nothing can be moved but by to_empty; an empty tensor has nothing to lose.
+            self._trace = fn(self._trace.new_empty(0, device="cpu") if self._trace.is_meta else self._trace)
+        self._trace = self._follow_buffers(self._trace)
+        return self
+
+    def _follow_buffers(self, trace: Tensor) -> Tensor:
+        """An empty tensor that is where the module is, as it knows without buffers too: where they are, else itself."""
+        return next((buffer.new_empty(0) for buffer in self._own_buffers().values()), trace)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -166,9 +194,9 @@ class _Allocations(TorchFunctionMode):
     WITHOUT_VALUES = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
     seen = False
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen |= function in self.WITHOUT_VALUES
-        return function(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= func in self.WITHOUT_VALUES
+        return func(*args, **(kwargs or {}))
 
 
 class LMFLoss(LossModule):
@@ -197,7 +225,7 @@ class LMFLoss(LossModule):
     Raises:
         TypeError, ValueError, NotImplementedError: for arguments that ``lmf_loss`` or ``ldam_margins`` refuse.
         AttributeError: when a setting is assigned that would have no effect.
-        RuntimeError: at first use, where a weight was handed in on the meta device and never filled.
+        RuntimeError: at first use, where a weight or assigned margins were on the meta device and never filled.
 
     References:
         Sadi et al. 2022, eq. 3 (https://arxiv.org/abs/2212.12741). What the authors' own code computes is
@@ -217,21 +245,16 @@ class LMFLoss(LossModule):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
-        check_options(alpha, beta, gamma, scale, ignore_index, reduction)
-        super().__init__(
-            class_counts,
-            weight,
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            max_margin=max_margin,
-            scale=scale,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+        super().__init__(weight, ignore_index, reduction, class_counts, max_margin)
+        self.alpha: float = alpha
+        self.beta: float = beta
+        self.gamma: float = gamma
+        self.max_margin: Final[float] = max_margin
+        self.scale: float = scale
+        self._check_settings()
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self._evaluate(logits, target, alpha=self.alpha, beta=self.beta, gamma=self.gamma, scale=self.scale)
+    def _terms(self) -> Terms:
+        return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "scale": self.scale}
 
 
 class LDAMLoss(LossModule):
@@ -254,18 +277,13 @@ class LDAMLoss(LossModule):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
-        check_options(1.0, 0.0, 0.0, scale, ignore_index, reduction)
-        super().__init__(
-            class_counts,
-            weight,
-            max_margin=max_margin,
-            scale=scale,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+        super().__init__(weight, ignore_index, reduction, class_counts, max_margin)
+        self.max_margin: Final[float] = max_margin
+        self.scale: float = scale
+        self._check_settings()
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self._evaluate(logits, target, beta=0.0, scale=self.scale)
+    def _terms(self) -> Terms:
+        return {"alpha": 1.0, "beta": 0.0, "gamma": 0.0, "scale": self.scale}
 
 
 class FocalLoss(LossModule):
@@ -286,8 +304,9 @@ class FocalLoss(LossModule):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
-        check_options(0.0, 1.0, gamma, 1.0, ignore_index, reduction)
-        super().__init__(None, weight, gamma=gamma, ignore_index=ignore_index, reduction=reduction)
+        super().__init__(weight, ignore_index, reduction)
+        self.gamma: float = gamma
+        self._check_settings()
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self._evaluate(logits, target, alpha=0.0, gamma=self.gamma)
+    def _terms(self) -> Terms:
+        return {"alpha": 0.0, "beta": 1.0, "gamma": self.gamma, "scale": 1.0}

@@ -61,8 +61,9 @@ class DeferredReweighting:
         if "weight" not in getattr(criterion, "_buffers", {}):
             raise TypeError(f"criterion must be a loss module with a buffer 'weight', got {type(criterion).__name__}")
         _check_epoch("start_epoch", start_epoch)
-        if criterion.weight is not None:
-            check_plain("criterion.weight", criterion.weight)
+        weight = _weight_of(criterion)
+        if weight is not None:
+            check_plain("criterion.weight", weight)
         self.criterion = criterion
         self.start_epoch = start_epoch
         where_counts_are = class_counts.device if isinstance(class_counts, Tensor) else torch.get_default_device()
@@ -74,37 +75,40 @@ class DeferredReweighting:
                 f"class_counts must have one count for each of the loss's {len(self._initial)} class weights, "
                 f"got {len(self._deferred)}"
             )
-        if criterion.weight is None or device is not None:
+        if weight is None or device is not None:
             known = _device_of(criterion) if device is None else device
             criterion.weight = self._initial  # ours keeps a copy, with which it makes its weight again after to_empty
-            criterion._buffers["weight"] = self._initial.to(where_counts_are if known is None else known, copy=True)
+            weight = self._initial.to(where_counts_are if known is None else known, copy=True)
+            criterion._buffers["weight"] = weight
             if known is None:
                 criterion.register_forward_pre_hook(_check_device)
-        self._own_weight()
+        self._own_weight(weight)
 
     def step(self, epoch: int) -> None:
         """Set the weights of this epoch, the first being 0. In place: a captured CUDA graph sees them too."""
         _check_epoch("epoch", epoch)
-        if self.criterion.weight is None:
+        weight = _weight_of(self.criterion)
+        if weight is None:
             raise RuntimeError("the loss's weight was set to None: make the schedule anew")
-        check_plain("criterion.weight", self.criterion.weight)
-        if self.criterion.weight.is_meta:
+        check_plain("criterion.weight", weight)
+        if weight.is_meta:
             raise RuntimeError(
                 "the loss is on the meta device, where weights have no values: materialise it, then step"
             )
-        self._own_weight()
+        weight = self._own_weight(weight)
         with torch.no_grad():
-            self.criterion.weight.copy_(self._initial if epoch < self.start_epoch else self._deferred)
+            weight.copy_(self._initial if epoch < self.start_epoch else self._deferred)
 
-    def _own_weight(self) -> None:
-        """See to it that what is written to is no tensor of the caller's, who may share it with a second loss."""
+    def _own_weight(self, weight: Tensor) -> Tensor:
+        """The loss's weight, or a copy in its place: no tensor of the caller's, who may share it with a second loss."""
         criterion = self.criterion
         if isinstance(criterion, LossModule):  # copies what it is given
-            return
-        mark = criterion.__dict__.get("_reweighting")
-        if mark is None or mark.buffer is not criterion.weight:
-            criterion.weight = criterion.weight.detach().clone()
-        criterion._reweighting = _Mark(criterion.weight, self._initial, self._deferred)
+            return weight
+        mark = _mark_on(criterion)
+        if mark is None or mark.buffer is not weight:
+            criterion.weight = weight = weight.detach().clone()
+        criterion.__dict__["_reweighting"] = _Mark(weight, self._initial, self._deferred)
+        return weight
 
 
 class _Mark(NamedTuple):
@@ -115,14 +119,23 @@ class _Mark(NamedTuple):
     deferred: Tensor
 
 
+def _weight_of(criterion: nn.Module) -> Tensor | None:
+    return criterion._buffers.get("weight")
+
+
+def _mark_on(criterion: nn.Module) -> _Mark | None:
+    mark: _Mark | None = criterion.__dict__.get("_reweighting")
+    return mark
+
+
 def _initial_weight(criterion: nn.Module, deferred: Tensor) -> Tensor:
     """A copy of the weights that the criterion had before any schedule wrote to them; ones where it had none."""
     ones = torch.ones_like(deferred)
-    weight = criterion.weight
+    weight = _weight_of(criterion)
     if isinstance(criterion, LossModule):
-        weight = criterion._given_weight
+        weight = criterion._given["weight"]
     elif weight is not None:
-        mark = criterion.__dict__.get("_reweighting")
+        mark = _mark_on(criterion)
         if mark is not None and (_same(weight, mark.initial) or _same(weight, mark.deferred)):
             weight = mark.initial
         elif _same(weight, deferred) and not _same(weight, ones):
@@ -154,9 +167,9 @@ def _device_of(criterion: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in (*criterion.buffers(), *criterion.parameters())), None)
 
 
-def _check_device(criterion: nn.Module, inputs: tuple) -> None:
+def _check_device(criterion: nn.Module, inputs: tuple[object, ...]) -> None:
     """Before the forward pass of a loss that could not tell where it was moved."""
-    logits, weight = next((x for x in inputs if isinstance(x, Tensor)), None), criterion.weight
+    logits, weight = next((x for x in inputs if isinstance(x, Tensor)), None), _weight_of(criterion)
     if logits is not None and weight is not None and logits.device != weight.device:
         raise ValueError(
             f"the class weights of DeferredReweighting are on {weight.device}, the input is on {logits.device}: "

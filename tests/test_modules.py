@@ -168,6 +168,21 @@ def test_what_is_assigned_is_checked(module):
         module.weight = [1.0] * 7
 
 
+def test_assigned_margins_are_remembered():
+    """As an assigned weight is: those of the class counts would take their place without a word."""
+    assigned = torch.linspace(0, 1, 7)
+    module = LMFLoss(COUNTS)
+    module.margins = assigned
+    module.to("meta").to_empty(device="cpu")
+    assert torch.equal(module.margins, assigned)
+    module.margins = assigned.to("meta")
+    module.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"margins has no values.*criterion\.margins ="):
+        module(torch.zeros(1, 7), torch.tensor([0]))
+    module.load_state_dict(LMFLoss(COUNTS).state_dict())
+    assert torch.isfinite(module(torch.zeros(1, 7), torch.tensor([0])))
+
+
 @pytest.mark.parametrize("function", [lmf_loss, LMFLoss, LDAMLoss, FocalLoss])
 def test_defaults_agree(function):
     """The modules' defaults are the function's."""
