@@ -1,8 +1,11 @@
-"""What the tests compare with: float64 from ``reference``, and how far from it a result may be."""
+"""What the tests share: the paths and options that they try, and float64 from ``reference`` to compare with."""
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +13,35 @@ from lmf_triton import ldam_margins, lmf_loss
 from reference import lmf as reference
 
 IGNORED = -100
+PATHS = ["kernel", "cpu"]
+WAYS = [*PATHS, "cpu, softmax", "cpu, extreme"]  # those of conftest.py's ``path``
+REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+every_way = pytest.mark.parametrize("path", WAYS, indirect=True)
+
+
+def pairwise(**axes: Iterable[Any] | dict[str, Any]) -> pytest.MarkDecorator:
+    """Parametrize a test with some of the axes' combinations: so many that every two values of two axes meet.
+
+    Where one option goes wrong with another, some test shows it; what takes three at once is one axis of its own here.
+    Of a dict the keys are the names.
+    """
+    assert len(axes) > 1, "one axis alone is pytest.mark.parametrize's"
+    named = [
+        list(axis.items()) if isinstance(axis, dict) else [(getattr(v, "__name__", str(v)), v) for v in axis]
+        for axis in axes.values()
+    ]
+    combinations = list(itertools.product(*(range(len(axis)) for axis in named)))
+    pairs_of = [set(itertools.combinations(enumerate(combination), 2)) for combination in combinations]
+    missing, chosen = set().union(*pairs_of), []
+    while missing:  # greedily
+        best = max(range(len(combinations)), key=lambda i: len(pairs_of[i] & missing))
+        missing -= pairs_of[best]
+        chosen.append([axis[i] for axis, i in zip(named, combinations[best], strict=True)])
+    values = [[value for _, value in row] for row in chosen]
+    ids = ["-".join(name for name, _ in row) for row in chosen]
+    return pytest.mark.parametrize(list(axes), values, ids=ids, indirect=[name for name in axes if name == "path"])
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,16 @@
 
 import pytest
 import torch
-from oracle import assert_accurate, class_weights, evaluate, make_case
+from oracle import DTYPES, REDUCTIONS, assert_accurate, class_weights, evaluate, every_way, make_case, pairwise
 
 from lmf_triton import lmf_loss
 from lmf_triton.fused import launch
-
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
 
 SHAPES = [
     (7,),  # one sample without a batch axis
     (3, 1),  # one class: no others
     (33, 2),  # rows fill no block; the smallest softmax
-    (130, 7),  # HAM10000's classes: nothing is aligned, more than one program
+    (300, 7),  # HAM10000's classes: nothing is aligned, more than one program
     (21, 19),  # Cityscapes
     (9, 150),  # ADE20K: beyond one power of two
     (9, 151),  # and an odd row length
@@ -22,13 +19,20 @@ SHAPES = [
     (5, 1000),  # ImageNet: one row a program
     (5, 1001),  # and an odd row length
     (2, 19, 5, 3),  # dense, class axis strided
-    (40, 3, 7),  # 1-d dense: more groups than rows in one
+    (10, 3, 7),  # 1-d dense: more groups than rows in one
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+# Terms of the loss with their scale, as alpha, beta, gamma, scale: together they say which exponentials there are.
+TERMS = [
+    (*term, scale)
+    for term in [(1.0, 1.0, 1.5), (1.5, 0.5, 2.0), (0.0, 1.0, 0.0), (0.0, 2.0, 0.5), (1.0, 0.0, 1.5), (1.0, 1.0, 5.0)]
+    for scale in (1.0, 30.0)
+]
+
+
+@every_way
+@pairwise(shape=SHAPES, dtype=DTYPES, reduction=["none", "mean"])
 def test_sizes_and_dtypes(device, shape, dtype, reduction):
     case = make_case(shape, dtype, reduction=reduction).to(device)
     loss, grad = evaluate(case)
@@ -36,25 +40,18 @@ def test_sizes_and_dtypes(device, shape, dtype, reduction):
     assert_accurate(case, loss, grad, roundings=1 if reduction == "none" or dtype == torch.float16 else 2)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("grad_in_forward", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
-@pytest.mark.parametrize(
-    ("alpha", "beta", "gamma"),
-    [(1.0, 1.0, 1.5), (1.5, 0.5, 2.0), (0.0, 1.0, 0.0), (0.0, 2.0, 0.5), (1.0, 0.0, 1.5), (1.0, 1.0, 5.0)],
-)
-def test_options(device, reduction, weighted, grad_in_forward, scale, alpha, beta, gamma):
+@every_way
+@pairwise(terms=TERMS, reduction=REDUCTIONS, weighted=[False, True], grad_in_forward=[True, False])
+def test_options(device, terms, reduction, weighted, grad_in_forward):
     weight = class_weights(19) if weighted else None
+    alpha, beta, gamma, scale = terms
     options = {"alpha": alpha, "beta": beta, "gamma": gamma, "scale": scale, "reduction": reduction}
     case = make_case((21, 19), torch.float32, weight=weight, **options).to(device)
     loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
     assert_accurate(case, loss, grad, roundings=2 if grad_in_forward else 1)
 
 
-@pytest.mark.parametrize("with_margins", [False, True])
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5, 255])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pairwise(ignore_index=[-100, -1, 0, 5, 255], reduction=REDUCTIONS, with_margins=[False, True])
 def test_margins_and_ignore_index(device, with_margins, ignore_index, reduction):
     case = make_case(
         (40, 7), torch.float32, with_margins=with_margins, ignore_index=ignore_index, reduction=reduction
@@ -66,23 +63,22 @@ def test_margins_and_ignore_index(device, with_margins, ignore_index, reduction)
     assert (grad[ignored] == 0).all()
 
 
-@pytest.mark.parametrize("n_classes", [32768, 40000])  # the longest row in one tile, and a loop of unequal blocks
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+# The longest row in one tile, and a loop of unequal blocks; test_long_rows.py has the same with smaller tiles.
+@pytest.mark.slow
+@pairwise(n_classes=[32768, 40000], dtype=[torch.bfloat16, torch.float32], scale=[1.0, 30.0])
 def test_long_rows(device, n_classes, dtype, scale):
     case = make_case((3, n_classes), dtype, scale=scale).to(device)
     loss, grad = evaluate(case)
     assert_accurate(case, loss, grad, roundings=2)
 
 
-@pytest.mark.parametrize("max_programs", [128, 2])
-def test_many_samples_share_their_denominators(device, max_programs, monkeypatch):
+# Launches are cached by number of samples; 5001 are tried only here, so that no other test meets these two programs.
+@pytest.mark.parametrize(("n_samples", "max_programs"), [(5000, 128), (5001, 2)])
+def test_many_samples_share_their_denominators(device, n_samples, max_programs, monkeypatch):
     """More samples than one step of the pass over the targets: its programs' parts, and their steps, add up."""
     monkeypatch.setattr(launch, "MAX_TOTALS_PROGRAMS", max_programs)
-    launch.totals_grid.cache_clear()
-    case = make_case((5000, 3), torch.float32, weight=class_weights(3), reduction="mean_per_term").to(device)
+    case = make_case((n_samples, 3), torch.float32, weight=class_weights(3), reduction="mean_per_term").to(device)
     loss, grad = evaluate(case)
-    launch.totals_grid.cache_clear()
     assert_accurate(case, loss, grad, roundings=2)
 
 

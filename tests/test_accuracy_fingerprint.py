@@ -29,6 +29,8 @@ from benchmarks.accuracy import __main__ as experiment
 from benchmarks.accuracy import command, fingerprint, models, protocol, sweep
 from benchmarks.accuracy.data import Dataset, load
 
+pytestmark = pytest.mark.slow  # whole commands, which train and write
+
 ROOT = Path(__file__).parents[1]
 COUNTS = {"dark": 30, "grey": 18, "light": 12}  # 60 images: parts of 42, 9 and 9
 FEW_EPOCHS = ("--epochs", "2")
@@ -441,6 +443,7 @@ def test_a_folder_that_another_process_writes_is_refused_until_it_dies(tmp_path,
     other = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.accuracy", *arguments(data, output, *options)],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

@@ -283,6 +283,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
+@pytest.mark.slow
 def test_quick_command_leaves_all_outputs(quick):
     folder, output = quick
     names = {path.name for path in folder.iterdir()}
@@ -299,6 +300,7 @@ def test_quick_command_leaves_all_outputs(quick):
     assert {"torch", "commit", "date", "numpy"} <= settings["sessions"][0].keys()
 
 
+@pytest.mark.slow
 def test_metrics_can_be_recomputed_from_the_predictions(quick):
     folder, _ = quick
     predictions = read_csv(folder / "predictions.csv.gz")
@@ -318,6 +320,7 @@ def test_metrics_can_be_recomputed_from_the_predictions(quick):
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_table_1_says_what_the_metrics_say(quick):
     folder, _ = quick
     f1 = {}
@@ -368,6 +371,7 @@ def finished(finished_once, tmp_path) -> Path:
     return Path(shutil.copytree(finished_once, tmp_path / "finished"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path, finished):
     folder, predict, calls = tmp_path / "interrupted", protocol.predict, []
 
@@ -386,6 +390,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path, fini
     assert run_experiment(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.csv", "predictions.csv.gz", "gradcam.json"])
 def test_a_run_missing_from_a_file_is_trained_again(finished, name):
     before = contents(finished)
@@ -403,6 +408,7 @@ def test_a_run_missing_from_a_file_is_trained_again(finished, name):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_more_seeds_and_losses_go_on_in_the_same_folder(finished):
     assert run_experiment(finished, "--seeds", "3", "--losses", "lmf", "focal") == [
         ("lmf", 2),
@@ -410,6 +416,7 @@ def test_more_seeds_and_losses_go_on_in_the_same_folder(finished):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

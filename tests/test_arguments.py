@@ -7,21 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import make_case
+from oracle import PATHS, REDUCTIONS, make_case, pairwise
 from torch import nn
 from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lmf_triton
-from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_margins, lmf_loss
+from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, functional, ldam_margins, lmf_loss, plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
 ]
 
-REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
 MODES = [True, False]
 TENSORS = ["logits", "target", "margins", "weight"]
 
@@ -50,8 +49,7 @@ def noted_negation(x):
 # --- Tensors that are not what lies in their memory ---
 
 
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("grad_in_forward", MODES)
+@pairwise(path=PATHS, name=TENSORS, grad_in_forward=MODES)
 def test_a_negation_that_pytorch_only_noted(device, name, grad_in_forward):
     given = arguments(device)
     lazy = given | {name: noted_negation(given[name])}
@@ -74,9 +72,7 @@ def test_the_imaginary_part_of_a_conjugate(device):
     assert torch.equal(z.grad.imag, -expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("retain_graph", [False, True])
+@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, retain_graph=[False, True])
 def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_graph):
     options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
     given = arguments(device)
@@ -97,10 +93,9 @@ def test_zeros_that_pytorch_only_noted(device, name):
     assert torch.equal(lmf_loss(**(given | {name: lazy})), lmf_loss(**(given | {name: zeros})))
 
 
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("layout", [torch.sparse_coo, "nested"], ids=str)
-def test_other_layouts_are_refused(device, name, layout):
-    given = arguments(device)
+@pairwise(name=TENSORS, layout=[torch.sparse_coo, "nested"])
+def test_other_layouts_are_refused(name, layout):
+    given = arguments("cpu")
     tensor = given[name]
     if layout == "nested":
         other = torch.nested.nested_tensor(list(tensor)) if tensor.ndim > 1 else torch.nested.nested_tensor([tensor])
@@ -135,9 +130,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pairwise(path=PATHS, transform=TRANSFORMS, reduction=["mean", "none"], scale=[1.0, 30.0])
 def test_what_torch_func_wraps_is_refused(device, transform, reduction, scale):
     """A level that the loss does not see would get a derivative of 0."""
     given = arguments(device)
@@ -148,15 +141,14 @@ def test_what_torch_func_wraps_is_refused(device, transform, reduction, scale):
 
 
 @pytest.mark.parametrize("name", ["target", "margins", "weight"])
-def test_transforms_of_other_arguments_are_refused(device, name):
-    given = arguments(device)
-    batch = given.pop(name).expand(2, *arguments(device)[name].shape)
+def test_transforms_of_other_arguments_are_refused(name):
+    given = arguments("cpu")
+    batch = given.pop(name).expand(2, *arguments("cpu")[name].shape)
     with pytest.raises(NotImplementedError, match=rf"torch\.func yet.*{name} is wrapped"):
         torch.func.vmap(lambda x: lmf_loss(**given, **{name: x}))(batch)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("grad_in_forward", MODES)
+@pairwise(path=PATHS, reduction=["mean", "none"], grad_in_forward=MODES)
 def test_batched_upstream_gradients_are_refused(device, reduction, grad_in_forward):
     given = arguments(device)
     logits = given["logits"].requires_grad_()
@@ -175,9 +167,8 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("sharded", [True, False])
-def test_dtensors_are_refused(device, mesh, name, sharded):
+@pairwise(name=TENSORS, sharded=[True, False])
+def test_dtensors_are_refused(mesh, name, sharded):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     given = arguments("cpu")
@@ -187,7 +178,7 @@ def test_dtensors_are_refused(device, mesh, name, sharded):
         lmf_loss(**(given | {name: distributed}))
 
 
-def test_dtensors_in_other_places_are_refused(device, mesh):
+def test_dtensors_in_other_places_are_refused(mesh):
     from torch.distributed.tensor import DTensor, Replicate, distribute_module
 
     given = arguments("cpu")
@@ -207,12 +198,13 @@ def test_dtensors_in_other_places_are_refused(device, mesh):
         loss.backward(upstream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_lengths_are_compared_rightly_under_torch_compile(dynamic):
     """Symbolic, margins as a bare tensor: of the right length they pass, of another they are refused."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:  # Dynamo cannot look into Triton's interpreter
-        patch.setattr(lmf_triton.functional, "_backend", lambda logits: lmf_triton.cpu)
+        patch.setattr(functional, "_backend", lambda logits: plain)
         compiled = torch.compile(lmf_loss, dynamic=dynamic, backend="eager")
         for n_classes in (3, 5, 8):
             generator = torch.Generator().manual_seed(n_classes)
@@ -224,10 +216,10 @@ def test_lengths_are_compared_rightly_under_torch_compile(dynamic):
                 compiled(logits, target, margins[1:], weight=margins)
 
 
-@pytest.mark.parametrize("path", sorted(Path(lmf_triton.__file__).parent.glob("*.py")), ids=lambda path: path.name)
-def test_no_size_is_tested_by_in(path):
+@pytest.mark.parametrize("source", sorted(Path(lmf_triton.__file__).parent.rglob("*.py")), ids=lambda file: file.name)
+def test_no_size_is_tested_by_in(source):
     """``n in (None, len(x))`` is answered wrongly for a symbolic n; so no container made on the spot holds a size."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Compare) and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
             for comparator in node.comparators:
                 inside = [getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(comparator)]
@@ -237,9 +229,7 @@ def test_no_size_is_tested_by_in(path):
 # --- What a user hands in stays the user's ---
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, scale=[1.0, 30.0])
 def test_no_argument_is_written_to(device, reduction, grad_in_forward, scale):
     given = arguments(device)
     upstream = torch.full((33,) if reduction == "none" else (), 0.3, device=device)
@@ -350,10 +340,7 @@ OTHER_FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", OTHER_FORMS.values(), ids=OTHER_FORMS)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("expanded", [False, True])
+@pairwise(form=OTHER_FORMS, reduction=["none", "mean"], grad_in_forward=MODES, expanded=[False, True])
 def test_hooks_may_give_back_the_values_in_another_form(device, form, reduction, grad_in_forward, expanded):
     """What they store stays as it is; what they give back is read as what it is."""
     given = arguments(device)
@@ -395,8 +382,7 @@ def test_the_storage_of_a_saved_tensor_that_a_user_looked_at(device, value):
     assert storage.tolist() == before.tolist()
 
 
-@pytest.mark.parametrize("value", [1.0, 3.0])
-@pytest.mark.parametrize("hold", [lambda t: t, torch.Tensor.detach, lambda t: t[:1]], ids=["itself", "alias", "part"])
+@pairwise(hold={"itself": lambda t: t, "alias": torch.Tensor.detach, "part": lambda t: t[:1]}, value=[1.0, 3.0])
 def test_a_saved_tensor_that_a_user_looked_at(device, value, hold):
     """``grad_fn.saved_tensors`` hands it to anyone: a debugger, a plot of the graph."""
     given = arguments(device)
@@ -457,10 +443,7 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
-@pytest.mark.parametrize("shape", [(33, 7), (7,), (2, 5, 3, 4)], ids=str)
+@pairwise(change=IN_PLACE, reduction=REDUCTIONS, shape=[(33, 7), (7,), (2, 5, 3, 4)], grad_in_forward=MODES)
 def test_the_loss_may_be_changed_in_place(device, shape, reduction, grad_in_forward, change):
     case = make_case(shape, torch.float32).to(device)
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
+from oracle import PATHS, REDUCTIONS, Case, assert_accurate, evaluate, evaluate_reference, make_case, pairwise
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from lmf_triton import FocalLoss, LMFLoss, functional, ldam_margins, lmf_loss, plain
@@ -12,15 +12,19 @@ from lmf_triton.autograd import LMFFunction
 from lmf_triton.fused import launch
 from reference import lmf as reference
 
-REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
-MODES = [True, False, None]
+MODES = [True, False]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize(("alpha", "beta", "gamma"), [(1.0, 1.0, 1.5), (0.0, 1.0, 0.5), (0.7, 0.0, 0.0)])
-def test_gradcheck(device, reduction, grad_in_forward, scale, alpha, beta, gamma):
+# Both paths together, since test_accuracy.py has every option's gradient on each, from the reference's autograd.
+@pairwise(
+    path=PATHS,
+    reduction=REDUCTIONS,
+    terms=[(1.0, 1.0, 1.5), (0.0, 1.0, 0.5), (0.7, 0.0, 0.0)],
+    grad_in_forward=MODES,
+    scale=[1.0, 3.0],
+)
+def test_gradcheck(device, reduction, grad_in_forward, scale, terms):
+    alpha, beta, gamma = terms
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 2, dtype=torch.float64, generator=generator).to(device).requires_grad_()
     target = torch.tensor([[0, 2], [-100, 1], [2, 2], [1, 0]], device=device)
@@ -56,9 +60,7 @@ def test_programs_that_apply_several_tiles(triton_device, reduction, retain_grap
     assert_accurate(case, loss.detach().cpu(), grad.cpu(), roundings=2)
 
 
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairwise(reduction=REDUCTIONS, grad_in_forward=[*MODES, None], dtype=[torch.float32, torch.bfloat16])
 def test_backward_twice(device, grad_in_forward, reduction, dtype):
     """Each backward through a retained graph gives its own right answer and leaves earlier ones alone."""
     case = make_case((33, 7), dtype, reduction=reduction).to(device)
@@ -78,8 +80,7 @@ def test_backward_twice(device, grad_in_forward, reduction, dtype):
         torch.autograd.grad(loss, logits, torch.ones_like(loss))
 
 
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("kind", ["ones", "stride 0", "vector", "strided", "zero"])
+@pairwise(kind=["ones", "stride 0", "vector", "strided", "zero"], grad_in_forward=MODES)
 def test_upstream_of_reduction_none(device, grad_in_forward, kind):
     case = make_case((33, 7), torch.float32, reduction="none")
     upstream = {
@@ -94,8 +95,7 @@ def test_upstream_of_reduction_none(device, grad_in_forward, kind):
     assert_accurate(case, loss, grad, roundings=2)
 
 
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pairwise(grad_in_forward=MODES, reduction=["none", "mean"])
 def test_part_of_a_larger_expression(device, grad_in_forward, reduction):
     """Logits from a layer, the loss squared and added to another one: the chain rule on both sides."""
     case = make_case((33, 7), torch.float64, reduction=reduction).to(device)
@@ -120,7 +120,7 @@ def test_part_of_a_larger_expression(device, grad_in_forward, reduction):
 
 @pytest.mark.parametrize("grad_in_forward", MODES)
 def test_second_derivatives_are_refused(device, grad_in_forward):
-    case = make_case((5, 7), torch.float64).to(device)
+    case = make_case((2, 3), torch.float64).to(device)  # small, since numerical derivatives take a call an element
     logits = case.logits.requires_grad_()
     loss = lmf_loss(logits, case.target, grad_in_forward=grad_in_forward)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)  # the first derivative is fine
@@ -244,9 +244,7 @@ def test_the_kept_gradient_is_handed_out_without_a_copy(device, value, monkeypat
     torch.testing.assert_close(logits.grad.cpu().double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, value=[float("inf"), float("nan")])
 def test_ignored_samples_stay_zero_under_any_upstream(device, grad_in_forward, reduction, value):
     """As in F.cross_entropy, where an overflow of the loss scale does not reach them either."""
     case = make_case((33, 7), torch.float32, reduction=reduction).to(device)
@@ -272,9 +270,7 @@ def test_the_cpu_path_works_through_chunks(monkeypatch):
                 torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("name", ["logits", "margins", "weight"])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pairwise(path=PATHS, name=["logits", "margins", "weight"], requires_grad=[False, True], reduction=["none", "mean"])
 def test_tangents_of_forward_mode_are_refused(device, reduction, name, requires_grad):
     """Neither dropped, which would be a derivative of 0, nor right for some arguments and options only."""
     case = make_case((5, 7), torch.float32).to(device)
@@ -289,7 +285,7 @@ def test_tangents_of_forward_mode_are_refused(device, reduction, name, requires_
             lmf_loss(given.pop("logits"), case.target, **given, reduction=reduction)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pairwise(path=PATHS, reduction=["none", "mean"])
 def test_forward_mode_by_other_names(device, reduction):
     case = make_case((5, 7), torch.float32).to(device)
 
@@ -311,8 +307,7 @@ def test_forward_mode_by_other_names(device, reduction):
             derivative()
 
 
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pairwise(path=PATHS, grad_in_forward=MODES, reduction=["none", "mean"])
 def test_a_tangent_of_the_upstream_gradient_is_refused(device, grad_in_forward, reduction):
     case = make_case((5, 7), torch.float32).to(device)
     logits = case.logits.requires_grad_()

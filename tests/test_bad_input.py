@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from oracle import pairwise
 
 from lmf_triton import FocalLoss, LMFLoss, class_balanced_weights, ldam_margins, lmf_loss
 from lmf_triton.functional import lmf_loss as functional_lmf_loss
@@ -126,23 +127,16 @@ BAD_TARGETS = [3, -1, -99, 1000, 2**40, -(2**40)]  # 2**40 is 0 in its low 32 bi
 
 
 @pytest.mark.parametrize("bad", BAD_TARGETS)
-@pytest.mark.parametrize("check_target", [False, True])
-def test_target_out_of_range_on_the_cpu(device, bad, check_target):
+def test_target_out_of_range_is_an_error_on_the_cpu_and_where_it_is_asked_for(device, path, bad):
     target = torch.tensor([0, 1, bad, 2], device=device)
-    logits = LOGITS.to(device)
-    from lmf_triton import functional, plain
-
-    if functional._backend(logits) is not plain and not check_target:
-        pytest.skip("the GPU is asked to check only with check_target=True")
-    with pytest.raises(IndexError) as caught:
-        lmf_loss(logits, target, check_target=check_target)
-    for words in ("[0, 3)", "ignore_index=-100", f"got {bad} at index [2]"):
-        assert words in str(caught.value)
+    for check_target in [True] if path == "kernel" else [False, True]:
+        with pytest.raises(IndexError) as caught:
+            lmf_loss(LOGITS.to(device), target, check_target=check_target)
+        for words in ("[0, 3)", "ignore_index=-100", f"got {bad} at index [2]"):
+            assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", BAD_TARGETS)
-@pytest.mark.parametrize("grad_in_forward", [True, False])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pairwise(bad=BAD_TARGETS, reduction=["none", "sum", "mean"], grad_in_forward=[True, False])
 def test_target_out_of_range_spoils_its_own_sample_only(triton_device, bad, grad_in_forward, reduction):
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(triton_device)
     target = torch.tensor([0, -100, bad, 2, 1], device=triton_device)
@@ -171,9 +165,12 @@ def test_ignore_index_that_the_target_cannot_hold_ignores_nothing(device, dtype)
         assert (loss > 0).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (33, 3), (3, 19, 5, 7), (3, 1001), (2, 33000)], ids=str)
-@pytest.mark.parametrize("grad_in_forward", [True, False])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+# One program and its edges; class axis strided; a row a program, of odd length; a loop over classes.
+@pairwise(
+    shape=[(5, 7), (33, 3), (3, 19, 5, 7), (3, 1001), (2, 33000)],
+    grad_in_forward=[True, False],
+    reduction=["none", "mean"],
+)
 def test_nothing_is_written_outside_the_gradient(triton_device, shape, grad_in_forward, reduction, monkeypatch):
     """Every new tensor lies between guards, and every element of the gradient is written."""
     guard = 4096

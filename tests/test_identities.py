@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import class_weights, evaluate, make_case
+from oracle import class_weights, evaluate, every_way, make_case, pairwise
 
 from lmf_triton import lmf_loss
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(33, 19), (2, 7, 5, 3)], ids=str)
+@every_way
+@pairwise(reduction=["none", "sum", "mean"], weighted=[False, True], shape=[(33, 19), (2, 7, 5, 3)])
 def test_gamma_0_without_ldam_is_cross_entropy(device, reduction, weighted, shape):
     weight = class_weights(shape[1]).double() if weighted else None
     options = {"alpha": 0.0, "gamma": 0.0, "weight": weight, "reduction": reduction}
@@ -55,8 +54,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(device, scale):
     torch.testing.assert_close(both, 1.5 * ldam + 0.5 * focal, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@every_way
+@pairwise(dtype=[torch.float32, torch.float64], scale=[1.0, 30.0])
 def test_the_gradient_of_a_sample_sums_to_zero(device, dtype, scale):
     case = make_case((33, 151), dtype, scale=scale, reduction="sum").to(device)
     _, grad = evaluate(case)
@@ -64,6 +63,7 @@ def test_the_gradient_of_a_sample_sums_to_zero(device, dtype, scale):
     assert (total <= 8 * torch.finfo(dtype).eps * grad.abs().amax(1)).all()
 
 
+@every_way
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_adding_a_constant_to_a_sample_changes_nothing(device, scale):
     """To the last bit, when the sum is exact: logits in steps of 1/64 and a constant of 512 fit float32."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import IGNORED, Case, assert_accurate, class_weights, evaluate, make_case
+from oracle import IGNORED, Case, assert_accurate, class_weights, evaluate, make_case, pairwise
 
 from lmf_triton import lmf_loss
 
@@ -45,18 +45,14 @@ def check(case: Case, layout, device, grad_in_forward: bool) -> None:
     assert torch.equal(case.logits, before)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_2D.values(), ids=LAYOUTS_2D.keys())
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("shape", [(33, 7), (17, 256)], ids=str)  # nothing divides; aligned
+# Nothing divides; aligned, and more rows than one program takes.
+@pairwise(layout=LAYOUTS_2D, shape=[(33, 7), (17, 256)], grad_in_forward=MODES, reduction=["none", "mean"])
 def test_matrix(device, layout, grad_in_forward, reduction, shape):
     check(make_case(shape, torch.float32, reduction=reduction), layout, device, grad_in_forward)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_ND.values(), ids=LAYOUTS_ND.keys())
-@pytest.mark.parametrize("grad_in_forward", MODES)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 3, 2, 3, 4)], ids=str)
+# Images and volumes, in which neighbouring axes are of different sizes and cannot be taken for each other.
+@pairwise(layout=LAYOUTS_ND, shape=[(2, 5, 3, 4), (2, 3, 2, 3, 4)], grad_in_forward=MODES, reduction=["none", "mean"])
 def test_dense(device, layout, grad_in_forward, reduction, shape):
     weight = class_weights(shape[1])
     check(make_case(shape, torch.float32, reduction=reduction, weight=weight), layout, device, grad_in_forward)
@@ -68,6 +64,7 @@ def test_many_classes_that_are_not_contiguous(device, n_classes, grad_in_forward
     check(make_case((3, n_classes), torch.float32), LAYOUTS_2D["transposed"], device, grad_in_forward)
 
 
+@pytest.mark.slow
 def test_a_million_classes(device):
     case = make_case((2, 1_000_003), torch.float32).to(device)
     loss, grad = evaluate(case)
@@ -97,9 +94,7 @@ def test_one_sample_without_a_batch_axis(device, grad_in_forward):
 INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
 
 
-@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-@pytest.mark.parametrize("kind", ["contiguous", "misaligned slice", "strided", "expanded"])
-@pytest.mark.parametrize("grad_in_forward", MODES)
+@pairwise(dtype=INTEGERS, kind=["contiguous", "misaligned slice", "strided", "expanded"], grad_in_forward=MODES)
 def test_integer_targets(device, dtype, kind, grad_in_forward):
     ignore_index = IGNORED if dtype.is_signed else 255
     case = make_case((34, 7), torch.float32, ignore_index=ignore_index)

@@ -14,8 +14,8 @@ COUNTS = [500, 100, 50, 20, 10, 5, 2]
 WEIGHT = torch.linspace(0.5, 2.0, 7)
 
 
-def test_lmf_loss_module(device):
-    case = make_case((33, 7), torch.float32).to(device)
+def test_lmf_loss_module(triton_device):
+    device, case = triton_device, make_case((33, 7), torch.float32).to(triton_device)
     settings = {"alpha": 1.5, "beta": 0.5, "gamma": 2.0, "scale": 30.0, "ignore_index": 3, "reduction": "mean_per_term"}
     case.target[1] = 3
     module = LMFLoss(COUNTS, max_margin=0.3, weight=WEIGHT, **settings).to(device)
@@ -24,16 +24,16 @@ def test_lmf_loss_module(device):
     assert torch.equal(module(case.logits, case.target), expected)
 
 
-def test_ldam_loss_module(device):
-    case = make_case((33, 7), torch.float32).to(device)
+def test_ldam_loss_module(triton_device):
+    device, case = triton_device, make_case((33, 7), torch.float32).to(triton_device)
     module = LDAMLoss(COUNTS, max_margin=0.3, scale=30.0, weight=WEIGHT, reduction="sum").to(device)
     margins = ldam_margins(COUNTS, max_margin=0.3).to(device)
     options = {"beta": 0.0, "scale": 30.0, "weight": WEIGHT.to(device), "reduction": "sum"}
     assert torch.equal(module(case.logits, case.target), lmf_loss(case.logits, case.target, margins, **options))
 
 
-def test_focal_loss_module(device):
-    case = make_case((33, 7), torch.float32).to(device)
+def test_focal_loss_module(triton_device):
+    device, case = triton_device, make_case((33, 7), torch.float32).to(triton_device)
     module = FocalLoss(gamma=2.0, weight=WEIGHT, reduction="none").to(device)
     options = {"alpha": 0.0, "gamma": 2.0, "weight": WEIGHT.to(device), "reduction": "none"}
     assert torch.equal(module(case.logits, case.target), lmf_loss(case.logits, case.target, **options))

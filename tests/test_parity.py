@@ -3,11 +3,10 @@
 The formulas stand here a second time on purpose, as their sources write them, sharing nothing with ``reference``.
 """
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import pairwise
 
 from lmf_triton import LDAMLoss, LMFLoss, ldam_margins, lmf_loss
 
@@ -31,26 +30,29 @@ def compare(ours, theirs, logits, device):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-13, equal_nan=True)
 
 
-@pytest.mark.parametrize("term", [{"alpha": 0.0, "gamma": 0.0}, {"beta": 0.0}], ids=["focal", "ldam"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_cross_entropy_with_class_indices(device, shape, reduction, term):
+@pairwise(
+    shape=SHAPES,
+    reduction=["none", "sum", "mean"],
+    ignore_index=[-100, -1, 1],
+    weighted=[False, True],
+    term={"focal": {"alpha": 0.0, "gamma": 0.0}, "ldam": {"beta": 0.0}},
+)
+def test_cross_entropy_with_class_indices(device, shape, reduction, ignore_index, weighted, term):
     """Both terms are cross-entropy without focus and margin: each weight, each kind of ignore_index."""
     logits = random(*shape)
     sample_shape = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
-    weights = [None, torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
-    for weight, ignore_index in itertools.product(weights, [-100, -1, 1]):
-        target = torch.randint(5, sample_shape, generator=torch.Generator().manual_seed(2))
-        if ignore_index < 0 and target.numel() > 1:
-            target.view(-1)[0] = ignore_index
-        options = {"ignore_index": ignore_index, "reduction": reduction}
-        on_device = None if weight is None else weight.to(device)
-        compare(
-            lambda x, t=target, w=on_device, o=options: lmf_loss(x, t.to(device), weight=w, **term, **o),
-            lambda x, t=target, w=weight, o=options: F.cross_entropy(x, t, weight=w, **o),
-            logits,
-            device,
-        )
+    weight = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if weighted else None
+    on_device = weight.to(device) if weighted else None
+    target = torch.randint(5, sample_shape, generator=torch.Generator().manual_seed(2))
+    if ignore_index < 0 and target.numel() > 1:
+        target.view(-1)[0] = ignore_index
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    compare(
+        lambda x: lmf_loss(x, target.to(device), weight=on_device, **term, **options),
+        lambda x: F.cross_entropy(x, target, weight=weight, **options),
+        logits,
+        device,
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])

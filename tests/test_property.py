@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import WAYS, every_way
 from torch import Tensor
 
 from lmf_triton import functional, lmf_loss, plain
@@ -145,6 +146,7 @@ def oracle(drawn: Draw, eps: float, tiny: float) -> Oracle:
     return Oracle(loss, grad, loss_bound.sum(), grad_bound)
 
 
+@pytest.mark.parametrize("path", [pytest.param("kernel", marks=pytest.mark.slow), *WAYS[1:]], indirect=True)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(draws())
 def test_loss_and_gradient_stay_within_their_bounds(device, drawn):
@@ -179,6 +181,7 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     assert (error <= bound.nan_to_num(torch.inf)).all(), f"largest excess {(error / bound).max().item():.3g}"
 
 
+@every_way
 def test_the_bound_notices_a_wrong_result(device):
     """A change of the loss by 0.1% is far outside the bound, so the property test can fail."""
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from oracle import pairwise
 from torch import nn
 
 from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, class_balanced_weights
@@ -57,12 +58,12 @@ def test_a_run_resumes_from_a_state_dict_of_either_stage():
     assert torch.equal(resumed.weight, first.weight)
 
 
-def test_the_weights_are_written_in_place(device):
-    criterion = FocalLoss().to(device)
-    schedule = DeferredReweighting(criterion, torch.tensor(COUNTS, device=device), start_epoch=1)
+def test_the_weights_are_written_in_place(triton_device):
+    criterion = FocalLoss().to(triton_device)
+    schedule = DeferredReweighting(criterion, torch.tensor(COUNTS, device=triton_device), start_epoch=1)
     before = criterion.weight.data_ptr()
     schedule.step(3)
-    assert criterion.weight.data_ptr() == before and criterion.weight.device.type == device.type
+    assert criterion.weight.data_ptr() == before and criterion.weight.device.type == triton_device.type
 
 
 def test_weights_move_with_the_loss_after_the_schedule_was_made():
@@ -90,9 +91,11 @@ def test_an_epoch_has_its_weights_whatever_was_stepped_to_before(make_loss, own)
     assert weights_at(schedule, epochs) == [balanced if epoch >= 2 else first for epoch in epochs]
 
 
-@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("own", [None, [1.0, 2.0, 3.0]])
-@pytest.mark.parametrize("between", ["nothing", "half", "half and back", "bfloat16 and back", "copy", "pickle"])
+@pairwise(
+    make_loss=LOSSES,
+    own=[None, [1.0, 2.0, 3.0]],
+    between=["nothing", "half", "half and back", "bfloat16 and back", "copy", "pickle"],
+)
 def test_a_second_schedule_starts_where_the_first_did(make_loss, own, between):
     """The next fold, or a notebook cell run again: its first stage is not the second stage of the former."""
     criterion = make_loss(own and torch.tensor(own))
@@ -140,9 +143,8 @@ def test_such_a_checkpoint_of_a_loss_that_does_not_remember_is_refused():
     DeferredReweighting(nn.CrossEntropyLoss(weight=torch.ones(3)), [5, 5, 5], start_epoch=5)  # both stages are the same
 
 
-@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("counts", [COUNTS, [7, 7, 7]], ids=str)  # the second stage of equal counts is ones
-@pytest.mark.parametrize("assigned", [[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]], ids=str)
+# The second stage of equal counts is ones.
+@pairwise(make_loss=LOSSES, counts=[COUNTS, [7, 7, 7]], assigned=[[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
 def test_weights_assigned_after_a_schedule_are_what_the_next_one_starts_from(make_loss, counts, assigned):
     criterion = make_loss(torch.tensor([1.0, 2.0, 3.0]))
     DeferredReweighting(criterion, COUNTS, start_epoch=1).step(3)
@@ -191,10 +193,10 @@ def test_a_loss_saved_whole_is_where_it_was_loaded_to(make):
     assert criterion.weight.device.type == "meta"
 
 
-def test_casting_a_loss_does_not_move_it(device):
-    criterion = FocalLoss().to(device).half()
+def test_casting_a_loss_does_not_move_it(triton_device):
+    criterion = FocalLoss().to(triton_device).half()
     DeferredReweighting(criterion, COUNTS, start_epoch=1)
-    assert criterion.weight.device.type == device.type and criterion.weight.dtype == torch.float32
+    assert criterion.weight.device.type == triton_device.type and criterion.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import make_case
+from oracle import make_case, pairwise
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -61,8 +61,7 @@ COUNTS = {"integers": INTEGERS, "floats": FLOATS, "tensor": torch.tensor(FLOATS,
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 
 
-@pytest.mark.parametrize("surroundings", SURROUNDINGS.values(), ids=SURROUNDINGS)
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pairwise(surroundings=SURROUNDINGS, counts=COUNTS)
 def test_margins_and_weights_are_the_same_to_the_bit(surroundings, counts):
     functions = (
         ldam_margins,
@@ -100,10 +99,12 @@ def test_a_schedule_made_and_stepped_there(surroundings):
     assert all(map(torch.equal, expected, found))
 
 
-@pytest.mark.parametrize("surroundings", SURROUNDINGS.values(), ids=SURROUNDINGS)
-@pytest.mark.parametrize("reduction", ["none", "mean_per_term"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pairwise(
+    surroundings=SURROUNDINGS,
+    dtype=[torch.bfloat16, torch.float32, torch.float64],
+    reduction=["none", "mean_per_term"],
+    scale=[1.0, 30.0],
+)
 def test_loss_and_gradient_are_the_same_to_the_bit(device, surroundings, reduction, dtype, scale):
     case = make_case((33, 7), dtype, reduction=reduction).to(device)
     weight = torch.linspace(0.5, 2.0, 7, device=device)
@@ -162,9 +163,7 @@ def fresh_memory_is_nan():
 
 
 @pytest.mark.usefixtures("fresh_memory_is_nan")
-@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("start", ["meta", "cpu", "moved to meta"])
-@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pairwise(make_loss=LOSSES, start=["meta", "cpu", "moved to meta"], dtype=[None, torch.float16])
 def test_to_empty_of_a_model_leaves_the_loss_its_values(make_loss, start, dtype):
     with torch.device("meta" if start == "meta" else "cpu"):
         model = Model(make_loss)
@@ -181,8 +180,7 @@ def test_to_empty_of_a_model_leaves_the_loss_its_values(make_loss, start, dtype)
 
 
 @pytest.mark.usefixtures("fresh_memory_is_nan")
-@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("how", ["buffers", "to_empty of one module", "zeros"])
+@pairwise(make_loss=LOSSES, how=["buffers", "to_empty of one module", "zeros"])
 def test_reset_parameters_for_other_ways_to_materialise(make_loss, how):
     with torch.device("meta"):
         criterion = make_loss()
@@ -254,8 +252,7 @@ AFTERWARDS = {
 }
 
 
-@pytest.mark.parametrize("afterwards", AFTERWARDS.values(), ids=AFTERWARDS)
-@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.inference_mode])
+@pairwise(afterwards=AFTERWARDS, context=[contextlib.nullcontext, torch.inference_mode])
 def test_a_weight_without_values_is_never_used(afterwards, context):
     """Whatever else is done to the module before it is first used."""
     with torch.device("meta"):

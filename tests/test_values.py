@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Case, assert_accurate, evaluate, evaluate_reference, make_case
+from oracle import (
+    DTYPES,
+    REDUCTIONS,
+    Case,
+    assert_accurate,
+    evaluate,
+    evaluate_reference,
+    every_way,
+    make_case,
+    pairwise,
+)
 
 from lmf_triton import functional, lmf_loss, plain
 
@@ -19,7 +29,6 @@ OPTIONS = [
     {"scale": 30.0},
     {"beta": 0.0, "scale": 30.0},
 ]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def loss_and_grad(rows, target, device, dtype=torch.float32, reduction="none", **options):
@@ -31,8 +40,8 @@ def loss_and_grad(rows, target, device, dtype=torch.float32, reduction="none", *
     return loss.detach().cpu(), logits.grad.cpu()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_way
+@pairwise(options=OPTIONS, dtype=DTYPES)
 def test_masked_classes_have_probability_zero(device, options, dtype):
     """-inf at another class: as if that class were not there."""
     loss, grad = loss_and_grad([[1.0, -INF, 2.0]], [0], device, dtype, **options)
@@ -42,14 +51,15 @@ def test_masked_classes_have_probability_zero(device, options, dtype):
     assert grad[0, 1] == 0
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("row", [[3.0], [-INF, 3.0, -INF]], ids=["C=1", "all others masked"])
+@every_way
+@pairwise(options=OPTIONS, row={"C=1": [3.0], "all others masked": [-INF, 3.0, -INF]})
 def test_no_others_gives_loss_0_and_gradient_0(device, options, row):
     loss, grad = loss_and_grad([row], [len(row) // 2], device, **options)
     assert loss.item() == 0
     assert (grad == 0).all()
 
 
+@every_way
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_masked_target_gives_infinite_loss_and_finite_gradient(device, options):
     loss, grad = loss_and_grad([[-INF, 1.0, 2.0]], [0], device, **options)
@@ -59,10 +69,10 @@ def test_masked_target_gives_infinite_loss_and_finite_gradient(device, options):
     assert grad.sum().abs() < 1e-5
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(
-    "row",
-    [
+@every_way
+@pairwise(
+    options=OPTIONS,
+    row=[
         [NAN, 1.0, 2.0],  # at the target
         [1.0, NAN, 2.0],  # at another class
         [INF, 1.0, 2.0],
@@ -70,9 +80,8 @@ def test_masked_target_gives_infinite_loss_and_finite_gradient(device, options):
         [1.0, NAN, NAN],  # at every other class, where a maximum may overlook it
         [INF, -INF, -INF],
     ],
-    ids=str,
+    reduction=["none", "sum"],
 )
-@pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_nan_and_inf_spoil_their_own_sample_only(device, options, row, reduction):
     clean = [0.5, -1.0, 2.0]
     loss, grad = loss_and_grad([clean, row, clean], [0, 0, 1], device, reduction=reduction, **options)
@@ -86,13 +95,17 @@ def test_nan_and_inf_spoil_their_own_sample_only(device, options, row, reduction
     assert expected.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"alpha": 0.0}, {"beta": 0.0}, {"weight": torch.linspace(0.5, 2, 40)}],
-    ids=["LMF", "focal", "LDAM", "weighted"],
+@every_way
+@pairwise(
+    options={
+        "LMF": {},
+        "focal": {"alpha": 0.0},
+        "LDAM": {"beta": 0.0},
+        "weighted": {"weight": torch.linspace(0.5, 2, 40)},
+    },
+    dtype=[torch.bfloat16, torch.float32, torch.float64],
+    shape=[(24, 40), (2, 40, 3, 4)],  # classes side by side, and strided
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(24, 40), (2, 40, 3, 4)], ids=str)
 def test_samples_with_large_gaps_are_exact_and_leave_the_others_their_bits(device, options, dtype, shape):
     """Gaps beyond 69 (odds of 1e30) of either sign, and beyond the exponents of float32, in every other sample."""
     ordinary = make_case(shape, dtype, reduction="none", **options).to(device)
@@ -116,6 +129,7 @@ def test_samples_with_large_gaps_are_exact_and_leave_the_others_their_bits(devic
     assert_accurate(extreme, loss[is_extreme], grad[is_extreme])
 
 
+@every_way
 @pytest.mark.parametrize("margin", [-100.0, -17.0, 17.0, 100.0])
 def test_large_margins(device, margin):
     """Their exponentials are beyond float32's range, or nearly so."""
@@ -136,6 +150,7 @@ def test_on_the_cpu_the_sum_of_weights_and_a_weighted_coefficient_may_leave_the_
     torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
+@every_way
 def test_the_largest_scale(device):
     """Times log2(e) it is beyond float32's range."""
     rows = [[0.0, 0.5, 0.25], [0.0, 1.0, 0.25]]
@@ -144,12 +159,14 @@ def test_the_largest_scale(device):
     assert grad.tolist() == [pytest.approx([-3e38, 3e38, 0.0]), [0.0, 0.0, 0.0]]
 
 
+@every_way
 def test_a_coefficient_and_a_scale_whose_product_is_beyond_the_range(device):
     loss, grad = loss_and_grad([[100.0, 0.0]], [0], device, alpha=1e38, beta=0.0, scale=30.0)
     assert loss.item() == 0
     assert (grad == 0).all()
 
 
+@every_way
 @pytest.mark.parametrize("options", [{}, {"weight": torch.full((2,), 1e38)}], ids=["plain", "weighted"])
 def test_a_sum_beyond_the_range_is_infinite(device, options):
     options = {name: value.to(device) for name, value in options.items()}
@@ -158,11 +175,10 @@ def test_a_sum_beyond_the_range_is_infinite(device, options):
     assert not grad.isnan().any()
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize(
-    "options",
-    [{"weight": 1e-30}, {"weight": 1e30}, {"weight": 1e-10, "alpha": 1e30}, {"weight": 1e-10, "beta": 1e30}],
-    ids=str,
+@every_way
+@pairwise(
+    options=[{"weight": 1e-30}, {"weight": 1e30}, {"weight": 1e-10, "alpha": 1e30}, {"weight": 1e-10, "beta": 1e30}],
+    scale=[1.0, 2.0],
 )
 def test_weights_of_any_size_leave_a_mean_in_range(device, options, scale):
     """Neither a coefficient over the sum of weights, nor a sum of weighted losses, need be in float32's range."""
@@ -171,6 +187,7 @@ def test_weights_of_any_size_leave_a_mean_in_range(device, options, scale):
     assert_accurate(case, *evaluate(case), roundings=2)
 
 
+@every_way
 def test_the_terms_are_weighted_before_they_are_added(device):
     """Their sum is beyond float32's range, but not the weighted ones."""
     rows, weight = [[3e38, 0.0, 1.0]], torch.full((3,), 0.2, device=device)
@@ -179,9 +196,8 @@ def test_the_terms_are_weighted_before_they_are_added(device):
     assert grad[0, 1].item() == pytest.approx(-0.4)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
-@pytest.mark.parametrize("grad_in_forward", [True, False])
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@every_way
+@pairwise(reduction=REDUCTIONS, grad_in_forward=[True, False], bad=[NAN, INF, -INF])
 def test_ignored_samples_are_zero_whatever_they_hold(device, reduction, grad_in_forward, bad):
     rows, target = [[bad, bad, bad], [0.5, 1.0, 2.0]], [-100, 2]
     options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
@@ -192,7 +208,7 @@ def test_ignored_samples_are_zero_whatever_they_hold(device, reduction, grad_in_
     assert torch.equal(loss[-1] if reduction == "none" else loss, alone.squeeze())
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_everything_ignored(device, reduction):
     """As F.cross_entropy: a mean over nothing is NaN, its gradient 0."""
     loss, grad = loss_and_grad([[0.5, 1.0], [2.0, 1.0]], [-100, -100], device, reduction=reduction)
@@ -208,8 +224,7 @@ def test_a_term_without_a_coefficient_does_not_divide_by_its_denominator(device)
     assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4), (3, 5, 0)], ids=str)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_per_term"])
+@pairwise(reduction=REDUCTIONS, shape=[(0, 5), (0, 5, 4), (3, 5, 0)])
 def test_empty_batch(device, shape, reduction):
     logits = torch.zeros(shape, device=device, requires_grad=True)
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long, device=device)
@@ -220,8 +235,8 @@ def test_empty_batch(device, shape, reduction):
     assert logits.grad.shape == shape
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_way
+@pairwise(options=OPTIONS, dtype=DTYPES)
 def test_extremes_of_the_dtype(device, options, dtype):
     largest = torch.finfo(dtype).max
     rows = [[largest, -largest, 0.0], [-largest, largest, 0.0], [largest, largest, largest], [1e4, -1e4, 0.0]]
@@ -233,10 +248,11 @@ def test_extremes_of_the_dtype(device, options, dtype):
     assert loss[1] > 1e4
 
 
-@pytest.mark.parametrize(
-    "row", [[0.0, 0.0, 0.0], [1e-40, -1e-40, 0.0], [1e4, -1e4, 0.0], [-INF, 0.0, 1.0], [0.0, -INF, 1.0]]
+@every_way
+@pairwise(
+    row=[[0.0, 0.0, 0.0], [1e-40, -1e-40, 0.0], [1e4, -1e4, 0.0], [-INF, 0.0, 1.0], [0.0, -INF, 1.0]],
+    target=[0, 1, 2],
 )
-@pytest.mark.parametrize("target", [0, 1, 2])
 def test_values_that_cross_entropy_defines(device, row, target):
     loss, grad = loss_and_grad([row], [target], device, alpha=0.0, gamma=0.0)
     logits = torch.tensor([row], requires_grad=True)
