@@ -147,7 +147,7 @@ def main() -> None:
     print([train(criterion, start_epoch=2) for criterion in (lmf, ldam, focal, annealed, nn.CrossEntropyLoss())])
     print(annealed.gamma + ldam.scale + ldam.max_margin + annealed.alpha)
     logits = inputs[:, :N_CLASSES].clone().requires_grad_()
-    by_the_function(target, logits).backward()  # type: ignore[no-untyped-call]  # PyTorch's
+    by_the_function(target, logits).backward()
     print(logits.grad)
 
 
