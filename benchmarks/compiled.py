@@ -89,7 +89,7 @@ class Launch:
         if self.kernel == "upstream_kernel":
             return 0
         tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
-        if self.arguments.get("statistics_ptr") is not None and self.kernel == "forward_kernel":
+        if self.arguments.get("summaries_ptr") is not None and self.kernel == "forward_kernel":
             del tensors["logits_ptr"]  # but for x_y
         passes = 2 if self.turns > 1 and "grad_ptr" in tensors else 1  # over the logits
         return sum(
@@ -165,13 +165,11 @@ def recorded_launches(
         for name in KERNELS:
             originals[name], stand_in = recorder(name)
             setattr(KERNELS[name], name, stand_in)
-        loss, grad, saved = backend.forward(
-            logits, target, margins, None, options, with_grad=not recompute, with_saved=recompute
-        )
+        loss, kept = backend.forward(logits, target, margins, None, options, keep="coefs" if recompute else "gradient")
         if recompute:
-            backend.backward(saved, torch.empty_like(loss), options)
+            backend.backward(kept, torch.empty_like(loss), options)
         else:
-            backend.apply_upstream(grad, torch.empty_like(loss), in_place=True)
+            backend.apply_upstream(*kept, torch.empty_like(loss), in_place=True)
     finally:
         for name, kernel in originals.items():
             setattr(KERNELS[name], name, kernel)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .options import REDUCTIONS, LossOptions
+from .options import LossOptions
+from .reduction import RULES
 from .shapes import class_axis
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,13 +46,19 @@ def _check_options(
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r} of type {type(ignore_index).__name__}")
     if not INT64.min <= ignore_index <= INT64.max:
         raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if reduction not in RULES:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, RULES))}, got {reduction!r}")
     return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
 
 
 # The same few settings come with every batch: to check them again costs as much as to check the tensors.
 _known_options = lru_cache(maxsize=256, typed=True)(_check_options)
+
+
+def check_grad_in_forward(grad_in_forward: object) -> None:
+    """Raise a TypeError unless it is True, False or None."""
+    if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
+        raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
 
 
 def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None) -> None:
@@ -80,6 +87,27 @@ def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight
         check_per_class(name, per_class, n_classes)
         if per_class is not None and per_class.device != logits.device:
             raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {per_class.device}")
+
+
+def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:
+    """Raise an IndexError that names the first target that is neither a class nor ``ignore_index``.
+
+    Returns:
+        The smallest and the largest target; 0 and 0 of none. The host waits for them.
+    """
+    if target.numel() == 0:
+        return 0, 0
+    wide = target.long()  # uint8 has no -100, and would compare it as 156
+    low, high = (int(bound) for bound in wide.aminmax())
+    if low < 0 or high >= n_classes:
+        wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
+        if bool(wrong.any()):
+            index = wrong.nonzero()[0].tolist()
+            raise IndexError(
+                f"target must be in [0, {n_classes}) or ignore_index={ignore_index}, "
+                f"got {int(wide[tuple(index)])} at index {index}"
+            )
+    return low, high
 
 
 def check_per_class(name: str, per_class: Tensor | None, n_classes: int | None) -> None:
@@ -163,9 +191,7 @@ def _has_memory(tensor: Tensor) -> bool:
         return False
 
 
-def without_lazy_bits(tensor: Tensor | None) -> Tensor | None:
+def without_lazy_bits(tensor: Tensor) -> Tensor:
     """The same values as they lie in memory: PyTorch may only have noted that they are negated, or all 0."""
-    if tensor is None:
-        return None
     tensor = tensor.resolve_neg()
     return tensor.clone() if tensor._is_zerotensor() else tensor

@@ -1,12 +1,9 @@
 """The loss as a function."""
 
-import torch
 from torch import Tensor
 
-from . import checks, plain
-from .autograd import LMFFunction
+from . import checks, dispatch
 from .dispatch import backend_of as _backend
-from .shapes import class_axis
 
 
 def lmf_loss(
@@ -78,17 +75,6 @@ def lmf_loss(
     """
     options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     checks.check_tensors(logits, target, margins, weight)
-    if not (grad_in_forward is None or isinstance(grad_in_forward, bool)):
-        raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
-    logits, target, margins, weight = map(checks.without_lazy_bits, (logits, target, margins, weight))
+    checks.check_grad_in_forward(grad_in_forward)
     backend = _backend(logits)
-    if check_target and backend is not plain:  # which always checks
-        plain.target_range(target, logits.shape[class_axis(logits.shape)], ignore_index)
-
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        loss, _, _ = backend.forward(logits, target, margins, weight, options, with_grad=False, with_saved=False)
-        return loss
-    if grad_in_forward is None:
-        grad_in_forward = reduction != "none" and logits.dtype != torch.float16
-    loss, _ = LMFFunction.apply(logits, target, margins, weight, options, grad_in_forward, backend)
-    return loss
+    return dispatch.evaluate(backend, logits, target, margins, weight, options, grad_in_forward, check_target)

@@ -1,8 +1,11 @@
 """The settings of one loss, checked once and handed down as one value."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-REDUCTIONS = ("none", "sum", "mean", "mean_per_term")
+from .reduction import RULES, Rule
+
+# What a forward pass keeps for backward: the gradient, or the coefficients (whatever a backend has) to compute it from.
+Keep = Literal["nothing", "gradient", "coefs"]
 
 
 class LossOptions(NamedTuple):
@@ -33,5 +36,5 @@ class LossOptions(NamedTuple):
         return self.has_ldam and self.scale != 1
 
     @property
-    def is_mean(self) -> bool:
-        return self.reduction in ("mean", "mean_per_term")
+    def rule(self) -> Rule:
+        return RULES[self.reduction]

@@ -4,13 +4,17 @@ fused/backend.py is its counterpart with the same three functions.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import LossOptions
+from . import checks, reduction
+from .options import Keep, LossOptions
+from .reduction import Pair
 from .shapes import arithmetic_dtype, class_axis
 
 # Logits are worked through in pieces of about this many elements, which bounds the memory for widened half logits. On
@@ -32,6 +36,51 @@ LOG2_E = math.log2(math.e)  # PyTorch takes exp2 in a third of exp's time, or le
 BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in fused/math.py
 
 
+class _Settings(NamedTuple):
+    """What is the same for all samples."""
+
+    options: LossOptions
+    denominators: Pair
+    margins: Tensor | None
+    use_odds: bool
+    with_grad: bool
+
+
+class _Samples(NamedTuple):
+    """Some samples. Axis 1 of logits and gradient is the classes, all others are those of the samples."""
+
+    logits: Tensor
+    grad: Tensor | None  # to be filled
+    classes: Tensor  # int64, and 0 for ignored ones
+    ignored: Tensor | None
+    weights: Tensor | None
+    upstream: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "_Samples":
+        logits, grad, classes, *others = (None if tensor is None else function(tensor) for tensor in self)
+        assert logits is not None and classes is not None
+        return _Samples(logits, grad, classes, *others)
+
+
+class _Others(NamedTuple):
+    """The softmax over the classes other than the target. Only the ratio of the two counts."""
+
+    exps: Tensor  # proportional to the probabilities, and 0 for the target
+    total: Tensor  # their sum, or anything else where there are no others
+
+
+class _Term(NamedTuple):
+    """LDAM or focal loss of some samples, without coefficient, weights and denominator."""
+
+    loss: Tensor
+    slope: Tensor | None  # derivative in the target's logit, negated; may be None where no gradient is wanted
+    others: _Others
+
+
+_Terms = tuple[_Term | None, _Term | None]  # LDAM and focal loss, None for one that has no say
+_Losses = tuple[Tensor | None, Tensor | None]
+
+
 def forward(
     logits: Tensor,
     target: Tensor,
@@ -39,18 +88,20 @@ def forward(
     weight: Tensor | None,
     options: LossOptions,
     *,
-    with_grad: bool,
-    with_saved: bool,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...] | None]:
-    """The loss and, where asked for, its gradient, and the tensors from which :func:`backward` computes it."""
-    grad = torch.empty_like(logits) if with_grad else None
+    keep: Keep,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss; and to keep for backward, the gradient, or the arguments from which :func:`backward` computes it."""
+    grad = torch.empty_like(logits) if keep == "gradient" else None
     loss = _evaluate(logits, target, margins, weight, options, grad)
-    return loss, grad, (logits, target, margins, weight) if with_saved else None
+    if keep == "coefs":
+        return loss, (logits, target, margins, weight)
+    return loss, () if grad is None else (grad,)
 
 
-def backward(saved: tuple[Tensor | None, ...], upstream: Tensor, options: LossOptions) -> Tensor:
+def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
     """The gradient of the logits, computed anew from the loss's own arguments."""
-    logits, target, margins, weight = saved
+    logits, target, margins, weight = kept
+    assert logits is not None and target is not None
     grad = torch.empty_like(logits)
     _evaluate(logits, target, margins, weight, options, grad, upstream)
     return grad
@@ -80,132 +131,88 @@ def _evaluate(
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
     dtype = arithmetic_dtype(logits)
     classes = target.long()
-    low, high = target_range(classes, logits.shape[class_axis(logits.shape)], options.ignore_index)
+    low, high = checks.check_target(classes, logits.shape[class_axis(logits.shape)], options.ignore_index)
     ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
     margins, weight = (t if t is None else t.to(dtype) for t in (margins, weight))
     weights = None if weight is None else _scale_rows(weight.take(classes), ignored)
-    totals = _totals(options, target.numel(), ignored, weights)
-    settings = _Settings(options, totals, margins, _odds_may_be_used(options, margins), with_grad=grad is not None)
+    denominators = reduction.denominators(options.rule, target.numel(), ignored, weights)
+    settings = _Settings(
+        options, denominators, margins, _odds_may_be_used(options, margins), with_grad=grad is not None
+    )
 
     upstream = None if upstream is None else upstream.expand(target.shape)
-    tensors = logits, grad, classes, ignored, weights, upstream
+    samples = _Samples(logits, grad, classes, ignored, weights, upstream)
     if logits.ndim == 1:
-        tensors = (t if t is None else t.unsqueeze(0) for t in tensors)
-    chunks = [_evaluate_chunk(*chunk, settings) for chunk in _chunks(*tensors)]
+        samples = samples.map(lambda tensor: tensor.unsqueeze(0))
+    chunks = [_evaluate_chunk(chunk, settings) for chunk in _chunks(samples)]
 
-    coefficients = options.alpha, options.beta
-    if options.reduction == "none":
-        losses = [
-            sum(c * term for c, term in zip(coefficients, terms, strict=True) if term is not None) for terms in chunks
-        ]
+    coefficients = Pair(options.alpha, options.beta)
+    if options.rule.per_sample:
+        losses = [_weighted_sum(coefficients, terms) for terms in chunks]
         return torch.cat(losses).resize_(target.shape)  # no view, which autograd would not let a user change in place
-    loss = 0.0  # in float64, which costs nothing here
-    for coefficient, total, *terms in zip(coefficients, totals, *chunks, strict=True):
-        if coefficient != 0:  # otherwise it has no say, not even by a denominator of 0
-            loss += coefficient * sum(float(term.sum(dtype=torch.float64)) for term in terms) / total
+    ldam, focal = (sum(_total(term) for term in terms) for terms in zip(*chunks, strict=True))
+    loss = reduction.sum_of_terms(coefficients, Pair(ldam, focal), denominators)
     return torch.tensor(loss, dtype=dtype, device=logits.device)
 
 
-def target_range(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:
-    """Smallest and largest target; an IndexError names the first that is neither a class nor ``ignore_index``."""
-    if target.numel() == 0:
-        return 0, 0
-    wide = target.long()  # uint8 has no -100, and would compare it as 156
-    low, high = (int(bound) for bound in wide.aminmax())
-    if low < 0 or high >= n_classes:
-        wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
-        if bool(wrong.any()):
-            index = wrong.nonzero()[0].tolist()
-            raise IndexError(
-                f"target must be in [0, {n_classes}) or ignore_index={ignore_index}, "
-                f"got {int(wide[tuple(index)])} at index {index}"
-            )
-    return low, high
+def _weighted_sum(coefficients: Pair, terms: _Losses) -> Tensor:
+    """The loss of each sample."""
+    present = [c * term for c, term in zip(coefficients, terms, strict=True) if term is not None]
+    return present[0] if len(present) == 1 else present[0] + present[1]
 
 
-def _totals(
-    options: LossOptions, n_samples: int, ignored: Tensor | None, weights: Tensor | None
-) -> tuple[float, float]:
-    """The denominators of the two terms: 1 for sums, NaN where there is nothing to divide by."""
-    if not options.is_mean:
-        return 1.0, 1.0
-    count = n_samples if ignored is None else n_samples - int(ignored.sum())
-    weight_total = count if weights is None else float(weights.sum(dtype=torch.float64))
-    focal_total = count if options.reduction == "mean_per_term" else weight_total
-    return weight_total or math.nan, focal_total or math.nan
+def _total(term: Tensor | None) -> float:
+    """The sum of a term, in float64, which costs nothing here."""
+    return 0.0 if term is None else float(term.sum(dtype=torch.float64))
 
 
-class _Settings(NamedTuple):
-    """What is the same for all samples."""
-
-    options: LossOptions
-    totals: tuple[float, float]
-    margins: Tensor | None
-    use_odds: bool
-    with_grad: bool
-
-
-class _Others(NamedTuple):
-    """The softmax over the classes other than the target. Only the ratio of the two counts."""
-
-    exps: Tensor  # proportional to the probabilities, and 0 for the target
-    total: Tensor  # their sum, or anything else where there are no others
-
-
-class _Term(NamedTuple):
-    """LDAM or focal loss of some samples, without coefficient, weights and denominator."""
-
-    loss: Tensor
-    slope: Tensor | None  # derivative in the target's logit, negated; may be None where no gradient is wanted
-    others: _Others
-
-
-def _evaluate_chunk(
-    logits: Tensor,
-    grad: Tensor | None,
-    classes: Tensor,
-    ignored: Tensor | None,
-    weights: Tensor | None,
-    upstream: Tensor | None,
-    settings: _Settings,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The two weighted terms of a few samples; fills ``grad``. Axis 1 is the classes, all others are samples."""
-    dtype, options = arithmetic_dtype(logits), settings.options
+def _evaluate_chunk(samples: _Samples, settings: _Settings) -> _Losses:
+    """The two weighted terms of a few samples; fills their gradient."""
+    logits, grad, classes, ignored, weights, _ = samples
+    dtype = arithmetic_dtype(logits)
     # A gradient of the arithmetic type is the work space of its own computation.
     work_space = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     evaluate = _evaluate_by_odds if settings.use_odds and logits.numel() > 0 else _evaluate_by_gaps
-    terms = evaluate(logits, classes, settings, work_space)
-    losses = tuple(term if term is None else _scale_rows(term.loss, ignored, weights) for term in terms)
-    if grad is None:
-        return losses
+    ldam, focal = terms = evaluate(logits, classes, settings, work_space)
+    losses = (
+        None if ldam is None else _scale_rows(ldam.loss, ignored, weights),
+        None if focal is None else _scale_rows(focal.loss, ignored, weights),
+    )
+    if grad is not None:
+        _fill_gradient(grad, samples, terms, settings)
+    return losses
 
+
+def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Settings) -> None:
+    """Turn the softmax of the others, where it lies, into the gradient, weights and upstream gradient included."""
     parts: list[tuple[_Others, Tensor]] = []  # terms that share their exponentials are one
-    coefficients = options.alpha, options.beta
-    for term, coefficient, total in zip(terms, coefficients, settings.totals, strict=True):
-        if term is None:
+    coefficients = settings.options.alpha, settings.options.beta
+    for term, coefficient, denominator in zip(terms, coefficients, settings.denominators, strict=True):
+        if term is None or term.slope is None:
             continue
-        # In float64 no factor of it leaves the range.
-        scale = coefficient / total if weights is None else (weights.double() * (coefficient / total)).to(dtype)
-        slope = term.slope.mul_(scale)
+        factor: float | Tensor = coefficient / denominator
+        if samples.weights is not None:  # in float64 no factor of it leaves the range
+            factor = (samples.weights.double() * factor).to(term.slope.dtype)
+        slope = term.slope.mul_(factor)
         if parts and parts[0][0] is term.others:
             parts[0][1].add_(slope)
         else:
             parts.append((term.others, slope))
 
-    result = target_grad = None
+    results, slopes = [], []
     for (exps, total), slope in parts:
-        _scale_rows(slope, ignored, upstream)
-        part = exps.mul_((slope / total).unsqueeze(1))
-        result = part if result is None else result.add_(part)
-        target_grad = slope.neg() if target_grad is None else target_grad.sub_(slope)
-    result.scatter_(1, classes.unsqueeze(1), target_grad.unsqueeze(1))
-    if ignored is not None:
-        result.masked_fill_(ignored.unsqueeze(1), 0)
+        _scale_rows(slope, samples.ignored, samples.upstream)
+        results.append(exps.mul_((slope / total).unsqueeze(1)))
+        slopes.append(slope)
+    result = results[0] if len(results) == 1 else results[0].add_(results[1])
+    target_grad = slopes[0].neg() if len(slopes) == 1 else slopes[0].neg().sub_(slopes[1])
+    result.scatter_(1, samples.classes.unsqueeze(1), target_grad.unsqueeze(1))
+    if samples.ignored is not None:
+        result.masked_fill_(samples.ignored.unsqueeze(1), 0)
     if result is not grad:
         grad.copy_(result)
-    return losses
 
 
 def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
@@ -215,9 +222,7 @@ def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
     return margins is None or all(abs(float(bound)) <= MAX_MARGIN for bound in margins.aminmax())
 
 
-def _evaluate_by_odds(
-    logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor
-) -> tuple[_Term | None, _Term | None]:
+def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:
     """LDAM and focal loss, as far as needed, from the odds against the target: e^u of the gap u, without logarithm."""
     options, margins, with_grad = settings.options, settings.margins, settings.with_grad
     exps, index = _exponentials(logits, work_space), classes.unsqueeze(1)
@@ -244,18 +249,22 @@ def _evaluate_by_odds(
             slope = (odds * p).addcmul_(p, nll, value=options.gamma).mul_(factor)
         focal = _Term(nll.mul_(factor), slope, others)
 
-    if extreme is not None:  # the few are computed by themselves; at scale 1 their terms share one softmax too
+    if extreme is not None:  # the few are computed by themselves
         rows = logits.movedim(1, -1)[extreme].to(exps.dtype)
-        extreme_terms = _evaluate_by_gaps(rows, classes[extreme], settings, rows)
-        for term, extreme_term in zip((ldam, focal), extreme_terms, strict=True):
-            if term is not None:
-                term.loss[extreme] = extreme_term.loss
-                if with_grad:
-                    term.slope[extreme] = extreme_term.slope
-        if with_grad:
-            shared = next(term.others for term in extreme_terms if term is not None)
-            exps.movedim(1, -1)[extreme], others.total[extreme] = shared
+        _overwrite((ldam, focal), extreme, _evaluate_by_gaps(rows, classes[extreme], settings, rows))
     return ldam, focal
+
+
+def _overwrite(terms: _Terms, chosen: tuple[Tensor, ...], by: _Terms) -> None:
+    """Put these terms in the place of those of the chosen samples. At scale 1 all share one softmax."""
+    pairs = [(term, new) for term, new in zip(terms, by, strict=True) if term is not None and new is not None]
+    for term, new in pairs:
+        term.loss[chosen] = new.loss
+        if term.slope is not None and new.slope is not None:
+            term.slope[chosen] = new.slope
+    term, new = pairs[0]
+    if term.slope is not None:
+        term.others.exps.movedim(1, -1)[chosen], term.others.total[chosen] = new.others
 
 
 def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
@@ -268,9 +277,7 @@ def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
     return work_space
 
 
-def _evaluate_by_gaps(
-    logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor
-) -> tuple[_Term | None, _Term | None]:
+def _evaluate_by_gaps(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:
     """The same from the gaps between logits: slower, but for all options and values."""
     options, margins, with_grad = settings.options, settings.margins, settings.with_grad
     index = classes.unsqueeze(1)
@@ -286,29 +293,32 @@ def _evaluate_by_gaps(
         gap = total.log().add_(largest_gap, alpha=scale)
         return _Others(exps, total.clamp_min_(1)), gap  # the largest's is 1, so that only the sum of none is less
 
+    scaled = plain = None
     if options.needs_scaled:
         log2_base = min(options.scale * LOG2_E, torch.finfo(gaps.dtype).max)
-        scaled, v = logsumexp((gaps.mul if options.has_focal else gaps.mul_)(log2_base).exp2_(), options.scale)
+        scaled = logsumexp((gaps.mul if options.has_focal else gaps.mul_)(log2_base).exp2_(), options.scale)
     if options.needs_plain:
-        plain, u = logsumexp(gaps.mul_(LOG2_E).exp2_(), 1.0)
+        plain = logsumexp(gaps.mul_(LOG2_E).exp2_(), 1.0)
 
     ldam = focal = None
-    if options.has_ldam:
-        others, gap = (scaled, v) if options.needs_scaled else (plain, u)
-        gap = gap if margins is None else gap.add(margins.take(classes), alpha=options.scale)
-        ldam = _Term(_softplus(gap), gap.sigmoid().mul_(options.scale) if with_grad else None, others)
-    if options.has_focal:
-        focal = _Term(*_focal(u, options.gamma), plain)
+    of_ldam = scaled or plain
+    if options.has_ldam and of_ldam is not None:
+        others, v = of_ldam
+        v = v if margins is None else v.add(margins.take(classes), alpha=options.scale)
+        ldam = _Term(_softplus(v), v.sigmoid().mul_(options.scale) if with_grad else None, others)
+    if options.has_focal and plain is not None:
+        others, u = plain
+        focal = _Term(*_focal(u, options.gamma), others)
     return ldam, focal
 
 
-def _chunks(logits: Tensor, *others: Tensor | None) -> list[tuple[Tensor | None, ...]]:
-    """Pieces of these tensors along their first axis, of about ``CHUNK_ELEMENTS`` logits each."""
-    n, tensors = len(logits), (logits, *others)
-    size = max(1, CHUNK_ELEMENTS * n // max(1, logits.numel()))
+def _chunks(samples: _Samples) -> list[_Samples]:
+    """Pieces of these samples along their first axis, of about ``CHUNK_ELEMENTS`` logits each."""
+    n = len(samples.logits)
+    size = max(1, CHUNK_ELEMENTS * n // max(1, samples.logits.numel()))
     if n <= size:
-        return [tensors]
-    return [tuple(None if t is None else t[start : start + size] for t in tensors) for start in range(0, n, size)]
+        return [samples]
+    return [samples.map(itemgetter(slice(start, start + size))) for start in range(0, n, size)]
 
 
 def _scale_rows(per_sample: Tensor, ignored: Tensor | None, *factors: Tensor | None) -> Tensor:

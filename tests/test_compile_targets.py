@@ -136,7 +136,7 @@ def count(report: dict, *prefixes: str, containing: str = "") -> int:
 def test_every_launch_compiles_for_every_target(reports):
     assert len({tuple(r["case"]) for r in reports}) == len(CASES)
     assert {r["kernel"] for r in reports} == {
-        *("totals_kernel", "statistics_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
+        *("totals_kernel", "summarise_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
     }
 
 
@@ -149,7 +149,7 @@ def test_every_launch_compiles_for_every_target(reports):
         ("large_256k_bf16", "bfloat16", ["totals", "forward", "upstream"]),
         ("dense_19", "float32", ["totals", "forward", "upstream"]),
         ("large_1k_bf16", "float16", ["totals", "forward", "backward"]),
-        ("few_256k_bf16", "bfloat16", ["statistics", "forward", "backward", "upstream"]),
+        ("few_256k_bf16", "bfloat16", ["summarise", "forward", "backward", "upstream"]),
     ],
 )
 def test_number_of_launches(reports, problem, dtype, kernels):

@@ -1,4 +1,4 @@
-"""Promise: rows beyond one tile are looped over, or split among programs where there are few, to the same result.
+"""Promise: rows beyond one tile are looped over, or shared by programs where there are few, to the same result.
 
 The limits of a tile are lowered, so that the interpreter meets many parts of a row in a short time.
 """
@@ -18,19 +18,19 @@ TILE = 128
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(params=["loop", "split"])
+@pytest.fixture(params=["loop", "parts"])
 def path(request, monkeypatch):
-    """Rows of more than 128 classes do not fit a tile. On one multiprocessor no row is split; on 132, all are here."""
+    """Rows of more than 128 classes do not fit a tile. On one multiprocessor no row is shared; on 132, all are here."""
     monkeypatch.setattr(launch, "MAX_ONE_TILE_CLASSES", {4: TILE, 8: TILE})
     monkeypatch.setattr(launch, "MAX_SINGLE_PROGRAM_TILE", 2 * TILE)
     monkeypatch.setattr(launch, "LOOP_TILE", TILE)
     monkeypatch.setattr(backend, "_n_multiprocessors", lambda device: 1 if request.param == "loop" else 132)
-    launch.forward_config.cache_clear()
-    statistics = mock.Mock(wraps=backend._statistics)
-    monkeypatch.setattr(backend, "_statistics", statistics)
+    launch.plan_forward.cache_clear()
+    summaries = mock.Mock(wraps=backend._summaries)
+    monkeypatch.setattr(backend, "_summaries", summaries)
     yield
-    launch.forward_config.cache_clear()
-    assert statistics.called == (request.param == "split")
+    launch.plan_forward.cache_clear()
+    assert summaries.called == (request.param == "parts")
 
 
 @pytest.mark.parametrize("n_classes", [129, 600])  # one class more than fits a tile; parts that do not come out even
@@ -115,11 +115,11 @@ def test_a_target_out_of_range_spoils_its_own_row_only(path, triton_device):
     assert (grad[2] == 0).all()
 
 
-def test_rows_that_fill_the_device_are_not_split():
-    for n_rows, splits in (1, 4), (8, 4), (64, 4), (66, 2), (67, 1), (4096, 1):
+def test_rows_that_fill_the_device_are_not_shared():
+    for n_rows, parts in (1, 4), (8, 4), (64, 4), (66, 2), (67, 1), (4096, 1):
         config = launch.forward_config(1, n_rows, 32769, 4, n_multiprocessors=132)
-        assert config.class_splits == (splits if n_rows > 33 else 8)
-        if config.class_splits > 1:
+        assert config.class_parts == (parts if n_rows > 33 else 8)
+        if config.class_parts > 1:
             tile = launch.combine_config(config, n_rows)
             assert tile.block_rows >= n_rows
             assert tile.block_rows * tile.block_classes <= launch.MAX_SINGLE_PROGRAM_TILE

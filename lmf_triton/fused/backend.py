@@ -1,19 +1,22 @@
 """The loss by Triton kernels: allocation and launches. plain.py is its counterpart with the same three functions."""
 
 import contextlib
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks
-from ..options import LossOptions
-from ..shapes import arithmetic_dtype, class_axis
+from .. import checks, reduction
+from ..options import Keep, LossOptions
+from ..shapes import arithmetic_dtype
 from . import launch
 from .kernels import elementwise, index
-from .layout import RowLayout, contiguous_strides, row_layout
+from .layout import Axes, axes
+from .rows import Coefs, Summary
 
 # True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
 INTERPRETED = not isinstance(index.forward_kernel, triton.JITFunction)
@@ -21,7 +24,24 @@ INTERPRETED = not isinstance(index.forward_kernel, triton.JITFunction)
 # Triton 3.10 is to change the default of this one. Results are within the tests' bounds either way.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
-N_COEFS = 4  # floats a row from which backward_kernel recomputes the gradient
+N_COEFS = len(Coefs._fields)
+
+
+class Inputs(NamedTuple):
+    """What a loss is computed from."""
+
+    logits: Tensor
+    target: Tensor
+    margins: Tensor | None
+    weight: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """What ``forward_kernel`` writes."""
+
+    loss: Tensor  # of the target's shape, or the partial sums of the programs
+    coefs: Tensor | None
+    grad: Tensor | None
 
 
 def forward(
@@ -31,144 +51,54 @@ def forward(
     weight: Tensor | None,
     options: LossOptions,
     *,
-    with_grad: bool,
-    with_saved: bool,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """The loss and, where asked for, its gradient, and the tensors from which :func:`backward` computes it."""
-    checks.check_readable(logits=logits, target=target, margins=margins, weight=weight)
-    dtype = arithmetic_dtype(logits)
-    per_row = options.reduction == "none"
-    grad = torch.empty_like(logits) if with_grad else None
-    coefs = logits.new_empty((*target.shape, N_COEFS), dtype=dtype) if with_saved else None
-    saved = (logits, target, coefs) if with_saved else None
-    if target.numel() == 0:
-        empty_value = float("nan") if options.is_mean else 0.0
-        return logits.new_full(target.shape if per_row else (), empty_value, dtype=dtype), grad, saved
+    keep: Keep,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss; and to keep for backward, the gradient, or the tensors from which :func:`backward` computes it.
 
+    In four steps: plan, denominators, launch, sum of the parts.
+    """
+    checks.check_readable(logits=logits, target=target, margins=margins, weight=weight)
+    if target.numel() == 0:
+        return _of_no_samples(logits, target, options, keep)
     margins, weight = (t if t is None else t.contiguous() for t in (margins, weight))  # (C,): a copy costs nothing
-    n_classes, class_stride, row_strides = _axes(logits)
-    _, grad_class_stride, grad_row_strides = _axes(logits if grad is None else grad)
-    # Where nothing is written per row, the logits' strides stand in: they keep no dimensions apart.
-    out_strides = contiguous_strides(target.shape) if per_row or with_saved else row_strides
-    layout = row_layout(target.shape, row_strides, target.stride(), out_strides, grad_row_strides)
-    logits_strides, target_strides, out_strides, grad_row_strides = layout.strides
-    align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
-    config = launch.forward_config(
-        layout.n_groups,
-        layout.n_rows,
-        n_classes,
-        dtype.itemsize,
-        class_contiguous=class_stride == 1,
+    inputs = Inputs(logits, target, margins, weight)
+    grad = torch.empty_like(logits) if keep == "gradient" else None
+    plan = launch.plan_forward(
+        _axes(logits),
+        target.stride(),
+        None if grad is None else _axes(grad),
+        arithmetic_dtype(logits).itemsize,
+        out_per_row=options.rule.per_sample or keep == "coefs",
         two_exponentials=options.needs_plain and options.needs_scaled,
         n_multiprocessors=_n_multiprocessors(logits.device),
     )
-    statistics = None
-    if config.class_splits > 1:
-        if with_grad:
-            loss, _, saved = forward(logits, target, margins, weight, options, with_grad=False, with_saved=True)
-            _fill_gradient(grad, saved, None, options)
-            return loss, grad, None
-        statistics = _statistics(logits, target, options, layout, config, align)
-        config = launch.combine_config(config, layout.n_rows)
-    class_blocks = 1 if statistics is not None else -(-n_classes // config.block_classes)
-    n_programs = config.n_programs(layout.n_groups, layout.n_rows)
-    n_partials = n_programs * len(layout.offsets)
-
     with _device_of(logits):
-        totals = None
-        if options.is_mean and n_partials > 1:
-            totals = _totals(target, weight, n_classes, options.ignore_index, dtype)
-        loss = logits.new_empty(target.shape if per_row else () if n_partials == 1 else n_partials, dtype=dtype)
-        for i, (logits_at, target_at, out_at, grad_at) in enumerate(layout.offsets):
-            index.forward_kernel[(n_programs,)](
-                _from(logits, logits_at),
-                _from(target, target_at),
-                margins,
-                weight,
-                totals,
-                statistics,
-                _from(loss, out_at if per_row else i * n_programs),
-                _from(grad, grad_at),
-                _from(coefs, N_COEFS * out_at),
-                *_float_arguments((options.alpha, options.beta, options.gamma, options.scale), dtype),
-                options.ignore_index,
-                layout.n_rows,
-                n_classes // align,
-                *(stride // align for stride in logits_strides),
-                class_stride,
-                *target_strides,
-                *out_strides,
-                *(stride // align for stride in grad_row_strides),
-                grad_class_stride,
-                HAS_LDAM=options.has_ldam,
-                HAS_FOCAL=options.has_focal,
-                UNIT_SCALE=options.scale == 1,
-                REDUCTION=options.reduction,
-                N_TOTALS=1 if totals is None else totals.shape[1],
-                ALIGN=align,
-                BLOCK_ROWS=config.block_rows,
-                BLOCK_CLASSES=config.block_classes,
-                CLASS_BLOCKS=class_blocks,
-                num_warps=config.num_warps,
-                **COMPILER_OPTIONS,
-            )
-        if not per_row and n_partials > 1:
-            loss = loss.sum()
-    return loss, grad, saved
+        totals = _totals(inputs, options) if options.rule.is_mean and plan.n_partials > 1 else None
+        loss = _empty_losses(inputs, options, plan.n_partials)
+        if plan.summarise is None:
+            coefs = _empty_coefs(inputs) if keep == "coefs" else None
+            _launch_forward(plan.forward, inputs, totals, None, Outputs(loss, coefs, grad), options)
+        else:  # the gradient, if wanted, comes from the coefficients
+            coefs = _empty_coefs(inputs)
+            summaries = _summaries(plan.summarise, inputs, options)
+            _launch_forward(plan.forward, inputs, totals, summaries, Outputs(loss, coefs, None), options)
+            if grad is not None:
+                _launch_backward(inputs, coefs, None, grad, options)
+        if not options.rule.per_sample:
+            loss = reduction.sum_of_parts(loss)
+    return loss, _kept(keep, grad, inputs, coefs)
 
 
-def backward(saved: tuple[Tensor, ...], upstream: Tensor, options: LossOptions) -> Tensor:
-    """The gradient of the logits, recomputed from what :func:`forward` saved."""
-    grad = torch.empty_like(saved[0])
-    if grad.numel() > 0:
-        _fill_gradient(grad, saved, upstream, options)
-    return grad
-
-
-def _fill_gradient(grad: Tensor, saved: tuple[Tensor, ...], upstream: Tensor | None, options: LossOptions) -> None:
-    """Write the gradient of the logits, times ``upstream`` if given."""
+def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
+    """The gradient of the logits, from what :func:`forward` kept as "coefs"."""
+    logits, target, coefs = kept
+    assert logits is not None and target is not None and coefs is not None
     checks.check_readable(upstream=upstream)
-    logits, target, coefs = saved
-    n_classes, class_stride, row_strides = _axes(logits)
-    _, grad_class_stride, grad_row_strides = _axes(grad)
-    layout = row_layout(
-        target.shape,
-        row_strides,
-        target.stride(),
-        coefs.stride()[:-1],
-        _row_strides(upstream, target),
-        grad_row_strides,
-    )
-    logits_strides, target_strides, coefs_strides, upstream_strides, grad_row_strides = layout.strides
-    align = launch.alignment(n_classes, *logits_strides, *grad_row_strides)
-    config = launch.elementwise_config(layout.n_rows, n_classes, coefs.dtype.itemsize)
-    with _device_of(logits):
-        for logits_at, target_at, coefs_at, upstream_at, grad_at in layout.offsets:
-            index.backward_kernel[(config.n_programs(layout.n_groups, layout.n_rows, n_classes),)](
-                _from(logits, logits_at),
-                _from(target, target_at),
-                _from(coefs, coefs_at),
-                _from(upstream, upstream_at),
-                _from(grad, grad_at),
-                *_float_arguments((options.scale,), coefs.dtype),
-                options.ignore_index,
-                layout.n_rows,
-                n_classes // align,
-                *(stride // align for stride in logits_strides),
-                class_stride,
-                *target_strides,
-                *coefs_strides,
-                *upstream_strides,
-                *(stride // align for stride in grad_row_strides),
-                grad_class_stride,
-                PLAIN=options.needs_plain,
-                SCALED=options.needs_scaled,
-                ALIGN=align,
-                BLOCK_ROWS=config.block_rows,
-                BLOCK_CLASSES=config.block_classes,
-                num_warps=config.num_warps,
-                **COMPILER_OPTIONS,
-            )
+    grad = torch.empty_like(logits)
+    if grad.numel() > 0:
+        with _device_of(logits):
+            _launch_backward(Inputs(logits, target, None, None), coefs, upstream, grad, options)
+    return grad
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
@@ -177,112 +107,184 @@ def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     out = grad if in_place else torch.empty_like(grad)
     if grad.numel() == 0:
         return out
-    if upstream.ndim == 0:
-        # One factor for a dense tensor: its memory is one long row.
-        n_classes, class_stride = grad.numel(), 1
-        layout = row_layout((), (), ())
-    else:
-        n_classes, class_stride, row_strides = _axes(grad)
-        layout = row_layout(upstream.shape, row_strides, upstream.stride())
-    grad_strides, upstream_strides = layout.strides
-    config = launch.elementwise_config(layout.n_rows, n_classes, upstream.dtype.itemsize)
-    n_tiles = config.n_programs(layout.n_groups, layout.n_rows, n_classes)
-    n_programs, steps = launch.upstream_grid(n_tiles)
+    # One factor for a dense tensor: its memory is one long row.
+    view = Axes(grad.numel(), 1, (), ()) if upstream.ndim == 0 else _axes(grad)
+    plan = launch.plan_upstream(view, upstream.stride(), upstream.dtype.itemsize)
+    grad_strides, upstream_strides = plan.strides
     with _device_of(grad):
-        for grad_at, upstream_at in layout.offsets:
-            elementwise.upstream_kernel[(n_programs,)](
+        for grad_at, upstream_at in plan.offsets:
+            _launch(
+                elementwise.upstream_kernel,
+                plan,
                 _from(grad, grad_at),
-                _from(upstream, upstream_at),
-                _from(out, grad_at),
-                n_tiles,
-                layout.n_rows,
-                n_classes,
                 *grad_strides,
-                class_stride,
+                _from(upstream, upstream_at),
                 *upstream_strides,
+                _from(out, grad_at),
+                plan.n_items,
+                plan.n_rows,
+                plan.n_classes,
                 IN_PLACE=in_place,
-                STEPS=steps,
-                BLOCK_ROWS=config.block_rows,
-                BLOCK_CLASSES=config.block_classes,
-                num_warps=config.num_warps,
-                **COMPILER_OPTIONS,
             )
     return out
 
 
-def _totals(target: Tensor, weight: Tensor | None, n_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """``(2, programs)``: parts of the sum of weights and of the number of samples that take part."""
-    layout = row_layout(target.shape, target.stride())
-    (strides,) = layout.strides
-    n_samples = layout.n_groups * layout.n_rows
-    grid = launch.totals_grid(n_samples)
-    totals = target.new_empty((len(layout.offsets), 2, grid.n_programs), dtype=dtype)
-    for part, (target_at,) in zip(totals, layout.offsets, strict=True):
-        elementwise.totals_kernel[(grid.n_programs,)](
+def _totals(inputs: Inputs, options: LossOptions) -> Tensor:
+    """``(2, programs)``: partial sums of the weights and of the number of samples that take part."""
+    target = inputs.target
+    plan = launch.plan_totals(target.shape, target.stride(), _axes(inputs.logits).n_classes)
+    (strides,) = plan.strides
+    dtype = arithmetic_dtype(inputs.logits)
+    totals = target.new_empty((len(plan.offsets), 2, plan.n_programs), dtype=dtype)
+    for of_launch, (target_at,) in zip(totals, plan.offsets, strict=True):
+        _launch(
+            elementwise.totals_kernel,
+            plan,
             _from(target, target_at),
-            weight,
-            part,
-            ignore_index,
-            n_samples,
-            layout.n_rows,
-            n_classes,
             *strides,
-            ONE_GROUP=layout.n_groups == 1,
-            STEPS=grid.steps,
-            BLOCK_ROWS=grid.block_rows,
-            num_warps=grid.num_warps,
-            **COMPILER_OPTIONS,
+            inputs.weight,
+            of_launch,
+            options.ignore_index,
+            plan.n_items,
+            plan.n_rows,
+            plan.n_classes,
         )
     return totals[0] if len(totals) == 1 else totals.sum(0)
 
 
-def _statistics(
-    logits: Tensor,
-    target: Tensor,
+def _summaries(plan: launch.Plan, inputs: Inputs, options: LossOptions) -> Tensor:
+    """``(3, rows, parts)``: the summary of each part of each row, for one group of rows."""
+    (_, *logits_strides), (_, target_stride), *_ = plan.strides
+    dtype = arithmetic_dtype(inputs.logits)
+    summaries = inputs.logits.new_empty((len(Summary._fields), plan.n_rows, plan.meta["CLASS_PARTS"]), dtype=dtype)
+    _launch(
+        index.summarise_kernel,
+        plan,
+        inputs.logits,
+        *logits_strides,
+        inputs.target,
+        target_stride,
+        summaries,
+        *_float_arguments((options.scale,), dtype),
+        options.ignore_index,
+        plan.n_rows,
+        plan.n_classes,
+        PLAIN=options.needs_plain,
+        SCALED=options.needs_scaled,
+    )
+    return summaries
+
+
+def _launch_forward(
+    plan: launch.Plan,
+    inputs: Inputs,
+    totals: Tensor | None,
+    summaries: Tensor | None,
+    outputs: Outputs,
     options: LossOptions,
-    layout: RowLayout,
-    config: launch.LaunchConfig,
-    align: int,
-) -> Tensor:
-    """``(3, rows, parts)``: maximum and sums of the others in each part of a row, for one group of rows."""
-    n_classes, class_stride, _ = _axes(logits)
-    (_, logits_stride), (_, target_stride), *_ = layout.strides
-    statistics = logits.new_empty((3, layout.n_rows, config.class_splits), dtype=arithmetic_dtype(logits))
-    class_blocks = -(-n_classes // config.block_classes)
-    with _device_of(logits):
-        index.statistics_kernel[(config.n_programs(1, layout.n_rows) * config.class_splits,)](
-            logits,
-            target,
-            statistics,
-            *_float_arguments((options.scale,), statistics.dtype),
+) -> None:
+    logits_strides, target_strides, out_strides, grad_strides = plan.strides
+    per_sample = options.rule.per_sample
+    for i, (logits_at, target_at, out_at, grad_at) in enumerate(plan.offsets):
+        _launch(
+            index.forward_kernel,
+            plan,
+            _from(inputs.logits, logits_at),
+            *logits_strides,
+            _from(inputs.target, target_at),
+            *target_strides,
+            inputs.margins,
+            inputs.weight,
+            totals,
+            summaries,
+            _from(outputs.loss, out_at if per_sample else i * plan.n_programs),
+            _from(outputs.coefs, N_COEFS * out_at),
+            *out_strides,
+            _from(outputs.grad, grad_at),
+            *grad_strides,
+            *_float_arguments((options.alpha, options.beta, options.gamma, options.scale), outputs.loss.dtype),
             options.ignore_index,
-            layout.n_rows,
-            n_classes // align,
-            logits_stride // align,
-            class_stride,
-            target_stride,
+            plan.n_rows,
+            plan.n_classes,
+            HAS_LDAM=options.has_ldam,
+            HAS_FOCAL=options.has_focal,
+            UNIT_SCALE=options.scale == 1,
+            PER_ROW=per_sample,
+            IS_MEAN=options.rule.is_mean,
+            FOCAL_BY_COUNT=options.rule.focal_by_count,
+            N_TOTALS=1 if totals is None else totals.shape[1],
+        )
+
+
+def _launch_backward(
+    inputs: Inputs, coefs: Tensor, upstream: Tensor | None, grad: Tensor, options: LossOptions
+) -> None:
+    """Write the gradient of the logits, times ``upstream`` if given."""
+    logits, target = inputs.logits, inputs.target
+    plan = launch.plan_backward(
+        _axes(logits),
+        target.stride(),
+        coefs.stride()[:-1],
+        (0,) * target.ndim if upstream is None or upstream.ndim != target.ndim else upstream.stride(),
+        _axes(grad),
+        coefs.dtype.itemsize,
+    )
+    logits_strides, target_strides, coefs_strides, upstream_strides, grad_strides = plan.strides
+    for logits_at, target_at, coefs_at, upstream_at, grad_at in plan.offsets:
+        _launch(
+            index.backward_kernel,
+            plan,
+            _from(logits, logits_at),
+            *logits_strides,
+            _from(target, target_at),
+            *target_strides,
+            _from(coefs, coefs_at),
+            *coefs_strides,
+            _from(upstream, upstream_at),
+            *upstream_strides,
+            _from(grad, grad_at),
+            *grad_strides,
+            *_float_arguments((options.scale,), coefs.dtype),
+            options.ignore_index,
+            plan.n_rows,
+            plan.n_classes,
             PLAIN=options.needs_plain,
             SCALED=options.needs_scaled,
-            ALIGN=align,
-            CLASS_SPLITS=config.class_splits,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_CLASSES=config.block_classes,
-            CLASS_BLOCKS=-(-class_blocks // config.class_splits),
-            num_warps=config.num_warps,
-            **COMPILER_OPTIONS,
         )
-    return statistics
 
 
-def _axes(logits: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Number of classes, stride of the class axis, and strides of the sample axes."""
-    axis = class_axis(logits.shape)
-    strides = logits.stride()
-    return logits.shape[axis], strides[axis], strides[:axis] + strides[axis + 1 :]
+def _launch(kernel: Any, plan: launch.Plan, *arguments: Any, **constexprs: Any) -> None:
+    kernel[(plan.n_programs,)](*arguments, **constexprs, **plan.meta, **COMPILER_OPTIONS)
 
 
-def _row_strides(upstream: Tensor | None, target: Tensor) -> tuple[int, ...]:
-    return upstream.stride() if upstream is not None and upstream.ndim == target.ndim else (0,) * target.ndim
+def _of_no_samples(
+    logits: Tensor, target: Tensor, options: LossOptions, keep: Keep
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Loss and gradient of an empty batch."""
+    inputs = Inputs(logits, target, None, None)
+    loss = _empty_losses(inputs, options, 1).fill_(reduction.of_no_samples(options.rule))
+    return loss, _kept(keep, torch.empty_like(logits), inputs, _empty_coefs(inputs))
+
+
+def _kept(keep: Keep, grad: Tensor | None, inputs: Inputs, coefs: Tensor | None) -> tuple[Tensor | None, ...]:
+    if keep == "gradient":
+        return (grad,)
+    return (inputs.logits, inputs.target, coefs) if keep == "coefs" else ()
+
+
+def _empty_losses(inputs: Inputs, options: LossOptions, n_partials: int) -> Tensor:
+    """A place for the loss of each sample, or for each program's part of their sum."""
+    shape = inputs.target.shape if options.rule.per_sample else () if n_partials == 1 else (n_partials,)
+    return inputs.logits.new_empty(shape, dtype=arithmetic_dtype(inputs.logits))
+
+
+def _empty_coefs(inputs: Inputs) -> Tensor:
+    """A place for the numbers of each row from which ``backward_kernel`` computes the gradient."""
+    return inputs.logits.new_empty((*inputs.target.shape, N_COEFS), dtype=arithmetic_dtype(inputs.logits))
+
+
+def _axes(tensor: Tensor) -> Axes:
+    return axes(tensor.shape, tensor.stride())
 
 
 def _from(tensor: Tensor | None, offset: int) -> Tensor | None:
@@ -292,7 +294,7 @@ def _from(tensor: Tensor | None, offset: int) -> Tensor | None:
     return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset)
 
 
-def _float_arguments(values: tuple[float, ...], dtype: torch.dtype) -> tuple:
+def _float_arguments(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Triton passes a float as float32, so float64 logits get theirs as constants: each new value compiles anew."""
     return tuple(map(tl.constexpr, values)) if dtype == torch.float64 and not INTERPRETED else values
 
@@ -304,7 +306,7 @@ def _n_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; make that the tensor's."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)

@@ -1,12 +1,18 @@
-"""How the kernels are launched: pure functions from shapes and strides to frozen configurations.
+"""How the kernels are launched: pure functions from shapes and strides to frozen configurations and plans.
 
-Nothing here touches a tensor or a device, so every choice can be tested and compiled on a machine without a GPU.
+Nothing here touches a tensor or a device, so every choice can be tested and compiled on a machine without a GPU. A
+*configuration* is a choice for one kernel: its tile and its warps. A *plan* is all of a kernel's launches for tensors
+of some shapes and strides; plans are kept, since a training loop asks for the same few in every step.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from typing import NamedTuple
+
+from .layout import Axes, RowLayout, contiguous_strides, row_layout
 
 # Warps of a program with several rows: fewer would not fill a multiprocessor with so small programs.
 MIN_SHARED_WARPS = 4
@@ -51,20 +57,19 @@ MAX_UPSTREAM_PROGRAMS = 2048
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile and warps of one launch."""
+    """Tile and warps of one kernel."""
 
     block_rows: int
     block_classes: int
     num_warps: int
-    class_splits: int = 1  # programs that share the classes of a row, each for its own statistics
+    class_parts: int = 1  # programs that share the classes of a row, each for a summary of its own
 
     def n_programs(self, n_groups: int, n_rows: int, n_classes: int | None = None) -> int:
         """Tiles of ``(n_groups, n_rows)`` rows; with ``n_classes``, the tiles of a row count too."""
-        row_blocks = n_groups * _cdiv(n_rows, self.block_rows)
-        return row_blocks if n_classes is None else row_blocks * _cdiv(n_classes, self.block_classes)
+        row_blocks = n_groups * cdiv(n_rows, self.block_rows)
+        return row_blocks if n_classes is None else row_blocks * cdiv(n_classes, self.block_classes)
 
 
-@lru_cache(maxsize=4096)
 def forward_config(
     n_groups: int,
     n_rows: int,
@@ -79,7 +84,7 @@ def forward_config(
 
     ``itemsize`` is the bytes of the arithmetic type. ``two_exponentials``: both terms are there and ``scale`` is not
     1, so that each element has two values to keep. Where rows are looped over and too few to fill the device,
-    ``class_splits`` is above 1: the tile is ``statistics_kernel``'s, and that of ``forward_kernel`` is
+    ``class_parts`` is above 1: the tile is ``summarise_kernel``'s, and that of ``forward_kernel`` is
     :func:`combine_config`'s.
     """
     block_classes = _next_power_of_2(n_classes)
@@ -100,29 +105,20 @@ def forward_config(
     # A long row takes as few warps as hold it, since every warp computes the row's loss.
     num_warps = _warps(n_elements, itemsize) if block_rows == 1 else max(MIN_SHARED_WARPS, _warps(n_elements, itemsize))
     config = LaunchConfig(block_rows, block_classes, num_warps)
-    splits = _class_splits(config, n_rows, n_classes, n_multiprocessors) if n_groups == 1 else 1
-    return replace(config, class_splits=splits)
+    parts = _class_parts(config, n_rows, n_classes, n_multiprocessors) if n_groups == 1 else 1
+    return replace(config, class_parts=parts)
 
 
 def combine_config(config: LaunchConfig, n_rows: int) -> LaunchConfig:
-    """Tile of ``forward_kernel`` where ``statistics_kernel`` went before: the statistics of all rows."""
-    return LaunchConfig(_next_power_of_2(n_rows), config.class_splits, MIN_SHARED_WARPS)
+    """Tile of ``forward_kernel`` where ``summarise_kernel`` went before: the summaries of all parts of all rows."""
+    return LaunchConfig(_next_power_of_2(n_rows), config.class_parts, MIN_SHARED_WARPS)
 
 
-@lru_cache(maxsize=4096)
 def elementwise_config(n_rows: int, n_classes: int, itemsize: int) -> LaunchConfig:
     """Tile of ``backward_kernel`` and ``upstream_kernel``, which need not see a row as a whole."""
     block_classes = min(_next_power_of_2(n_classes), ELEMENTWISE_TILE)
     block_rows = min(_next_power_of_2(n_rows), ELEMENTWISE_TILE // block_classes)
     return LaunchConfig(block_rows, block_classes, max(MIN_SHARED_WARPS, _warps(block_rows * block_classes, itemsize)))
-
-
-def alignment(*sizes: int) -> int:
-    """The largest power of two up to 16 that divides all of these sizes and strides.
-
-    Triton finds out by itself what is divisible by 16, and nothing less; C = 1000 deserves wide loads too.
-    """
-    return math.gcd(16, *sizes)
 
 
 class TotalsGrid(NamedTuple):
@@ -134,28 +130,174 @@ class TotalsGrid(NamedTuple):
     num_warps: int
 
 
-@lru_cache(maxsize=4096)
 def totals_grid(n_samples: int) -> TotalsGrid:
     """The pass over the targets; programs and steps are powers of two, so that few variants compile."""
     block_rows, num_warps = (MANY_TOTALS_BLOCK_ROWS, 16) if n_samples >= MANY_SAMPLES else (TOTALS_BLOCK_ROWS, 4)
-    blocks = _next_power_of_2(_cdiv(n_samples, block_rows))
+    blocks = _next_power_of_2(cdiv(n_samples, block_rows))
     n_programs = min(blocks, MAX_TOTALS_PROGRAMS)
     return TotalsGrid(n_programs, blocks // n_programs, block_rows, num_warps)
 
 
 def upstream_grid(n_tiles: int) -> tuple[int, int]:
     """Programs of ``upstream_kernel`` and tiles for each, a power of two, so that few variants compile."""
-    steps = _next_power_of_2(_cdiv(n_tiles, MAX_UPSTREAM_PROGRAMS))
-    return _cdiv(n_tiles, steps), steps
+    steps = _next_power_of_2(cdiv(n_tiles, MAX_UPSTREAM_PROGRAMS))
+    return cdiv(n_tiles, steps), steps
 
 
-def _class_splits(config: LaunchConfig, n_rows: int, n_classes: int, n_multiprocessors: int) -> int:
+def alignment(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all of these sizes and strides.
+
+    Triton finds out by itself what is divisible by 16, and nothing less; C = 1000 deserves wide loads too.
+    """
+    return math.gcd(16, *sizes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All launches of one kernel: the same programs for each place in ``offsets``."""
+
+    offsets: tuple[tuple[int, ...], ...]  # for each launch, where it starts in each tensor
+    strides: tuple[tuple[int, ...], ...]  # of each tensor: group, row and, if it has classes, class; as the kernel
+    n_rows: int  # takes them, and so
+    n_classes: int  # is this: in units of ALIGN, where the kernel has one
+    n_programs: int  # of one launch
+    meta: Mapping[str, int]  # the kernel's constexprs that are sizes, and num_warps
+    n_items: int = 0  # what the programs share, in kernels that count it: all samples, or all tiles
+
+
+class ForwardPlan(NamedTuple):
+    """The launches of a forward pass; ``summarise`` goes first, where rows are few and long."""
+
+    forward: Plan
+    summarise: Plan | None
+
+    @property
+    def n_partials(self) -> int:
+        """Programs over all launches, each of which has a partial sum of the loss."""
+        return self.forward.n_programs * len(self.forward.offsets)
+
+
+@lru_cache(maxsize=4096)
+def plan_forward(
+    logits: Axes,
+    target_strides: tuple[int, ...],
+    grad: Axes | None,
+    itemsize: int,
+    *,
+    out_per_row: bool,
+    two_exponentials: bool,
+    n_multiprocessors: int,
+) -> ForwardPlan:
+    """``forward_kernel`` and ``summarise_kernel``; tensors are logits, target, output and gradient.
+
+    The output is contiguous: with ``out_per_row``, or after ``summarise_kernel``, losses or coefficients of each row,
+    otherwise partial sums.
+    """
+    grad = grad or logits
+    n_classes = logits.n_classes
+
+    def choose(out_strides: tuple[int, ...]) -> tuple[RowLayout, LaunchConfig]:
+        layout = row_layout(logits.row_shape, logits.row_strides, target_strides, out_strides, grad.row_strides)
+        return layout, forward_config(
+            layout.n_groups,
+            layout.n_rows,
+            n_classes,
+            itemsize,
+            class_contiguous=logits.stride_class == 1,
+            two_exponentials=two_exponentials,
+            n_multiprocessors=n_multiprocessors,
+        )
+
+    # Partial sums have no strides for the rows. Those of the logits keep no dimensions apart.
+    layout, config = choose(logits.row_strides)
+    if out_per_row or config.class_parts > 1:
+        layout, config = choose(contiguous_strides(logits.row_shape))
+    plan = partial(_plan, layout, (logits.stride_class, None, None, grad.stride_class), n_classes, aligned=True)
+    n_programs = config.n_programs(layout.n_groups, layout.n_rows)
+    class_blocks, parts = cdiv(n_classes, config.block_classes), config.class_parts
+    if parts == 1:
+        return ForwardPlan(plan(config, n_programs, CLASS_BLOCKS=class_blocks), None)
+    return ForwardPlan(
+        plan(combine_config(config, layout.n_rows), 1, CLASS_BLOCKS=1),
+        plan(config, parts * n_programs, CLASS_BLOCKS=cdiv(class_blocks, parts), CLASS_PARTS=parts),
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan_backward(
+    logits: Axes,
+    target_strides: tuple[int, ...],
+    coefs_strides: tuple[int, ...],
+    upstream_strides: tuple[int, ...],
+    grad: Axes,
+    itemsize: int,
+) -> Plan:
+    """``backward_kernel``; tensors are logits, target, coefficients, upstream gradient and gradient."""
+    layout = row_layout(
+        logits.row_shape, logits.row_strides, target_strides, coefs_strides, upstream_strides, grad.row_strides
+    )
+    config = elementwise_config(layout.n_rows, logits.n_classes, itemsize)
+    n_programs = config.n_programs(layout.n_groups, layout.n_rows, logits.n_classes)
+    class_strides = logits.stride_class, None, None, None, grad.stride_class
+    return _plan(layout, class_strides, logits.n_classes, config, n_programs, aligned=True)
+
+
+@lru_cache(maxsize=4096)
+def plan_upstream(grad: Axes, upstream_strides: tuple[int, ...], itemsize: int) -> Plan:
+    """``upstream_kernel``; tensors are gradient and upstream gradient."""
+    layout = row_layout(grad.row_shape, grad.row_strides, upstream_strides)
+    config = elementwise_config(layout.n_rows, grad.n_classes, itemsize)
+    n_tiles = config.n_programs(layout.n_groups, layout.n_rows, grad.n_classes)
+    n_programs, steps = upstream_grid(n_tiles)
+    plan = _plan(layout, (grad.stride_class, None), grad.n_classes, config, n_programs, aligned=False, STEPS=steps)
+    return replace(plan, n_items=n_tiles)
+
+
+@lru_cache(maxsize=4096)
+def plan_totals(shape: tuple[int, ...], strides: tuple[int, ...], n_classes: int) -> Plan:
+    """``totals_kernel``; the tensor is the target."""
+    layout = row_layout(shape, strides)
+    n_samples = layout.n_groups * layout.n_rows
+    grid = totals_grid(n_samples)
+    meta = {"ONE_GROUP": layout.n_groups == 1, "STEPS": grid.steps, "BLOCK_ROWS": grid.block_rows}
+    meta["num_warps"] = grid.num_warps
+    return Plan(layout.offsets, layout.strides, layout.n_rows, n_classes, grid.n_programs, meta, n_samples)
+
+
+def _plan(
+    layout: RowLayout,
+    class_strides: tuple[int | None, ...],
+    n_classes: int,
+    config: LaunchConfig,
+    n_programs: int,
+    *,
+    aligned: bool,
+    **meta: int,
+) -> Plan:
+    """``class_strides`` has None for tensors without classes; ``aligned``: the kernel has ALIGN."""
+    meta |= {
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_CLASSES": config.block_classes,
+        "num_warps": config.num_warps,
+    }
+    align = 1
+    if aligned:
+        of_logits = (each for each, stride in zip(layout.strides, class_strides, strict=True) if stride is not None)
+        align = meta["ALIGN"] = alignment(n_classes, *chain.from_iterable(of_logits))
+    strides = tuple(
+        (group, row) if stride is None else (group // align, row // align, stride)
+        for (group, row), stride in zip(layout.strides, class_strides, strict=True)
+    )
+    return Plan(layout.offsets, strides, layout.n_rows, n_classes // align, n_programs, meta)
+
+
+def _class_parts(config: LaunchConfig, n_rows: int, n_classes: int, n_multiprocessors: int) -> int:
     """Programs for the classes of a row, a power of two: 1 where the rows alone fill half the device."""
-    class_blocks = _cdiv(n_classes, config.block_classes)
+    class_blocks = cdiv(n_classes, config.block_classes)
     n_programs = config.n_programs(1, n_rows)
     if class_blocks == 1 or 2 * n_programs > n_multiprocessors:
         return 1
-    wanted = _next_power_of_2(_cdiv(n_multiprocessors, n_programs))
+    wanted = _next_power_of_2(cdiv(n_multiprocessors, n_programs))
     one_tile = MAX_SINGLE_PROGRAM_TILE // _next_power_of_2(n_rows)
     return max(1, min(wanted, _next_power_of_2(class_blocks), one_tile))
 
@@ -164,7 +306,8 @@ def _warps(n_elements: int, itemsize: int) -> int:
     return min(max(1, n_elements * itemsize // (4 * WARP_ELEMENTS)), MAX_WARPS)
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 

@@ -1,15 +1,32 @@
-"""Strides -> groups of rows, in as few launches as hold them: pure functions."""
+"""Shapes and strides -> classes, and groups of rows in as few launches as hold them: pure functions."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
+
+from ..shapes import class_axis
+
+
+class Axes(NamedTuple):
+    """A tensor of the logits' shape, as the kernels see it: classes, and samples with their own shape and strides."""
+
+    n_classes: int
+    stride_class: int
+    row_shape: tuple[int, ...]
+    row_strides: tuple[int, ...]
+
+
+def axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> Axes:
+    """Split the class axis of ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` off."""
+    i = class_axis(shape)
+    return Axes(shape[i], strides[i], shape[:i] + shape[i + 1 :], strides[:i] + strides[i + 1 :])
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """The samples of some tensors of one shape as ``n_groups`` groups of ``n_rows`` rows each, in every launch.
 
-    ``strides[i]`` is ``(stride_group, stride_row)`` of tensor i. Samples that do not fit two strides are split over
+    ``strides[i]`` is ``(stride_group, stride_row)`` of tensor i. Samples that do not fit two strides are spread over
     several launches: ``offsets[k][i]`` is where launch k starts in tensor i.
     """
 
@@ -19,7 +36,6 @@ class RowLayout:
     offsets: tuple[tuple[int, ...], ...]
 
 
-@lru_cache(maxsize=4096)
 def row_layout(shape: tuple[int, ...], *strides: tuple[int, ...]) -> RowLayout:
     """Merge the sample dimensions of tensors with these strides into as few as hold for all of them at once."""
     dims = [(size, each) for size, *each in zip(shape, *strides, strict=True) if size != 1]

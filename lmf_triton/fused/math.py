@@ -1,4 +1,7 @@
-"""Device functions of numbers."""
+"""Device functions of numbers: exponentials and logarithms, softplus and sigmoid, the two terms and their slopes.
+
+Each works on scalars and tensors of any shape, float32 or float64.
+"""
 
 import triton
 import triton.language as tl
@@ -9,7 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def exp(x):
+def fast_exp(x):
     """exp for a whole tile: one multiplication and one instruction. Results below 2^-126 may be flushed to 0."""
     return tl.exp2(x * LOG2_E)
 
@@ -52,14 +55,14 @@ def softplus_and_sigmoid(z):
 
 @triton.jit
 def ldam_term(v):
-    """LDAM of rows with scaled, margin-shifted gap v; and its derivative in v."""
+    """LDAM from the gap v of scaled logits, the margin included; and its slope, the derivative in v."""
     nll, _, slope, _ = softplus_and_sigmoid(v)
     return nll, slope
 
 
 @triton.jit
 def focal_term(u, gamma):
-    """Focal loss of rows with gap u = logsumexp(others) - x_y; and its derivative in u."""
+    """Focal loss from the gap u = logsumexp(others) - x_y; and its slope, the derivative in u."""
     u = tl.where(u < -BIG, -BIG, u)  # gamma = 0 at u = -inf: exp(-0 * inf) would be NaN
     nll, neg_log_q, q, p = softplus_and_sigmoid(u)  # -log p_y, -log(1 - p_y), 1 - p_y, p_y
     factor = tl.exp(-gamma * neg_log_q)

@@ -1,23 +1,97 @@
-"""Device functions of rows and tiles."""
+"""Device functions of rows: which rows a program has, their summaries and coefficients, and the tiles of their logits.
+
+Numerics: every reduction runs over the classes other than the target ("the others"), and every exponent is a
+difference to their largest logit. So neither 1 - p nor -log(p) is ever formed by a subtraction.
+
+Fields of these tuples have one value a row; a ``Summary`` may also be that of parts of rows, along axis 1. PLAIN and
+SCALED say which exponentials the loss needs; a field for the other ones is 0, and nothing is compiled for it.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .math import exp
+from .math import fast_exp, focal_term, ldam_term
+
+
+class Rows(NamedTuple):
+    """The samples of one program: BLOCK_ROWS rows of one group."""
+
+    group: tl.tensor  # a scalar
+    index: tl.tensor  # of the row in its group
+    exists: tl.tensor
+    target: tl.tensor  # class, int32
+    kept: tl.tensor  # it exists, and has a target in range that is not to be ignored
+    out_of_range: tl.tensor  # its target is no class, nor to be ignored
+
+
+class Summary(NamedTuple):
+    """All that the loss needs of the others, apart from x_y. Without any others it is (-inf, 0, 0)."""
+
+    max: tl.tensor
+    plain: tl.tensor  # sum of exp(x_j - max)
+    scaled: tl.tensor  # sum of exp(scale * (x_j - max))
+
+
+class Terms(NamedTuple):
+    """LDAM and focal loss of rows, not weighted yet, and their slopes: the derivatives in their own gaps."""
+
+    ldam: tl.tensor
+    ldam_slope: tl.tensor
+    focal: tl.tensor
+    focal_slope: tl.tensor
+
+
+class Coefs(NamedTuple):
+    """From which the gradient of a row follows.
+
+    It is -slope for the target, and plain * exp(x_j - max) + scaled * exp(scale * (x_j - max)) for another class.
+    """
+
+    max: tl.tensor  # finite
+    plain: tl.tensor
+    scaled: tl.tensor
+    slope: tl.tensor
+
+
+class Denominators(NamedTuple):
+    """What the losses and gradients of the two terms are divided by; scalars."""
+
+    ldam: tl.tensor
+    focal: tl.tensor
+
+
+N_COEFS = tl.constexpr(len(Coefs._fields))
 
 
 @triton.jit
-def load_target(target_ptrs, row_mask, n_classes, ignore_index):
+def load_rows(
+    block, target_ptr, stride_group, stride_row, n_rows, n_classes, ignore_index, BLOCK_ROWS: tl.constexpr
+):  # fmt: skip
+    """The rows of a block, where blocks are counted through one group after the other."""
+    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    group = (block // row_blocks).to(tl.int64)
+    index = (block % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    exists = index < n_rows
+    target_ptrs = target_ptr + group * stride_group + index * stride_row
+    target, kept, out_of_range = load_target(target_ptrs, exists, n_classes, ignore_index)
+    return Rows(group, index, exists, target, kept, out_of_range)
+
+
+@triton.jit
+def load_target(target_ptrs, exists, n_classes, ignore_index):
     """Class of each row, whether the row takes part in the loss, and whether its class is out of range."""
     # Compared in int64 whatever is stored, so that no value of a narrow or wide type is mistaken for another.
-    target = tl.load(target_ptrs, mask=row_mask, other=0).to(tl.int64)
-    considered = row_mask & (target != ignore_index)
+    target = tl.load(target_ptrs, mask=exists, other=0).to(tl.int64)
+    considered = exists & (target != ignore_index)
     in_range = (target >= 0) & (target < n_classes)
     return target.to(tl.int32), considered & in_range, considered & (in_range == 0)
 
 
 @triton.jit
-def weight_of(weight_ptr, target, kept, dtype: tl.constexpr):
+def load_weight(weight_ptr, target, kept, dtype: tl.constexpr):
+    """The weight of each row, 0 where it does not take part."""
     if weight_ptr is None:
         return kept.to(dtype)
     else:
@@ -25,39 +99,48 @@ def weight_of(weight_ptr, target, kept, dtype: tl.constexpr):
 
 
 @triton.jit
-def tile_ptrs(row_ptrs, cols, stride_class):
-    return row_ptrs[:, None] + cols[None, :].to(tl.int64) * stride_class
+def offsets(rows, stride_group, stride_row):
+    """Where each row starts in a tensor with these strides."""
+    return rows.group * stride_group + rows.index * stride_row
 
 
 @triton.jit
-def tile_mask(row_mask, cols, n_classes):
-    return row_mask[:, None] & (cols < n_classes)[None, :]
+def tile_ptrs(row_ptrs, offs_c, stride_class):
+    """Pointers to a tile: rows by classes."""
+    return row_ptrs[:, None] + offs_c[None, :].to(tl.int64) * stride_class
 
 
 @triton.jit
-def load_others(logits_ptrs, offs_c, target, row_mask, kept, n_classes, dtype: tl.constexpr, EVICTION: tl.constexpr):
+def tile_mask(exists, offs_c, n_classes):
+    """What of a tile is in the tensor."""
+    return exists[:, None] & (offs_c < n_classes)[None, :]
+
+
+@triton.jit
+def load_others(row_ptrs, offs_c, stride_class, rows, n_classes, dtype: tl.constexpr, EVICTION: tl.constexpr):
     """A tile of logits, -inf at the target, in rows that do not take part, and outside the tensor."""
-    # Not masked by kept: a mask that depends on data would split the wide loads of class-strided tiles.
-    mask = tile_mask(row_mask, offs_c, n_classes)
-    x = tl.load(logits_ptrs, mask=mask, other=-float("inf"), eviction_policy=EVICTION).to(dtype)
-    return tl.where(kept[:, None] & (offs_c[None, :] != target[:, None]), x, -float("inf"))
+    # Not masked by kept: a mask that depends on data would break up the wide loads of class-strided tiles.
+    x = tl.load(
+        tile_ptrs(row_ptrs, offs_c, stride_class),
+        mask=tile_mask(rows.exists, offs_c, n_classes),
+        other=-float("inf"),
+        eviction_policy=EVICTION,
+    ).to(dtype)
+    return tl.where(rows.kept[:, None] & (offs_c[None, :] != rows.target[:, None]), x, -float("inf"))
 
 
 @triton.jit
-def online_sum(total, gap, is_empty):
-    """One step of sum(exp(x - max)), given the gap between the new x and the maximum so far."""
-    e = tl.exp(-tl.abs(gap))  # with _exp triton 3.9 spills here on sm_100
-    return tl.where(is_empty, total, tl.where(gap > 0, total * e + 1.0, total + e))
+def summarise_tile(others, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+    """The summary of each element of a tile: relative to itself, its exponential is 1."""
+    return Summary(others, 1.0 if PLAIN else 0.0, 1.0 if SCALED else 0.0)
 
 
 @triton.jit
-def lane_statistics(
+def summarise_loop(
     row_ptrs,
     stride_class,
     first_block,
-    target,
-    row_mask,
-    kept,
+    rows,
     n_classes,
     scale,
     dtype: tl.constexpr,
@@ -67,34 +150,72 @@ def lane_statistics(
     BLOCK_CLASSES: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr,
 ):
-    """Loop over CLASS_BLOCKS blocks: each lane keeps the maximum and the sums of the classes that pass through it."""
-    lane_max = tl.full([BLOCK_ROWS, BLOCK_CLASSES], -float("inf"), dtype)
-    lane_plain = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
-    lane_scaled = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+    """The summary of each lane: of the classes of CLASS_BLOCKS blocks that pass through it."""
+    zeros = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+    lanes = Summary(zeros - float("inf"), zeros, zeros)
     for block in range(CLASS_BLOCKS):
-        cols = (first_block + block) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-        logits_ptrs = tile_ptrs(row_ptrs, cols, stride_class)
+        offs_c = (first_block + block) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         # They are read once more, for the gradient.
-        others = load_others(logits_ptrs, cols, target, row_mask, kept, n_classes, dtype, EVICTION="evict_last")
-        is_empty = others == -float("inf")
-        if PLAIN:
-            lane_plain = online_sum(lane_plain, others - lane_max, is_empty)
-        if SCALED:
-            lane_scaled = online_sum(lane_scaled, scale * (others - lane_max), is_empty)
-        lane_max = tl.maximum(lane_max, others)
-    return lane_max, lane_plain, lane_scaled
+        others = load_others(row_ptrs, offs_c, stride_class, rows, n_classes, dtype, EVICTION="evict_last")
+        lanes = add_class(lanes, others, scale, PLAIN, SCALED)
+    return lanes
 
 
 @triton.jit
-def combine(part_max, part_plain, part_scaled, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
-    """Statistics of whole rows from those of their parts along axis 1; the maximum is -inf where there is nothing."""
-    m = tl.max(part_max, axis=1)
-    gaps = part_max - tl.where(m == -float("inf"), 0.0, m)[:, None]
-    if PLAIN:
-        part_plain *= exp(gaps)
-    if SCALED:
-        part_scaled *= exp(scale * gaps)
-    return m, tl.sum(part_plain, axis=1), tl.sum(part_scaled, axis=1)
+def add_class(lanes, x, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+    """The summary of each lane with one more class, whose logit is x."""
+    gap = x - lanes.max
+    is_empty = x == -float("inf")
+    plain = online_sum(lanes.plain, gap, is_empty) if PLAIN else lanes.plain
+    scaled = online_sum(lanes.scaled, scale * gap, is_empty) if SCALED else lanes.scaled
+    return Summary(tl.maximum(lanes.max, x), plain, scaled)
+
+
+@triton.jit
+def online_sum(total, gap, is_empty):
+    """One step of sum(exp(x - max)), given the gap between the new x and the maximum so far."""
+    e = tl.exp(-tl.abs(gap))  # with fast_exp triton 3.9 spills here on sm_100
+    return tl.where(is_empty, total, tl.where(gap > 0, total * e + 1.0, total + e))
+
+
+@triton.jit
+def load_summaries(summaries_ptr, rows, n_rows, CLASS_PARTS: tl.constexpr):
+    """The summaries that summarise_kernel has stored, of each part of each row."""
+    ptrs = summaries_ptr + (rows.index * CLASS_PARTS)[:, None] + tl.arange(0, CLASS_PARTS)[None, :]
+    stride_field = n_rows * CLASS_PARTS
+    exists = rows.exists[:, None]
+    return Summary(
+        tl.load(ptrs, mask=exists, other=-float("inf")),
+        tl.load(ptrs + stride_field, mask=exists, other=0.0),
+        tl.load(ptrs + 2 * stride_field, mask=exists, other=0.0),
+    )
+
+
+@triton.jit
+def store_summary(summaries_ptr, summary, part, rows, n_rows, CLASS_PARTS: tl.constexpr):
+    """One part's summary of each row, where load_summaries looks for it."""
+    ptrs = summaries_ptr + rows.index * CLASS_PARTS + part
+    stride_field = n_rows * CLASS_PARTS
+    tl.store(ptrs, summary.max, mask=rows.exists)
+    tl.store(ptrs + stride_field, summary.plain, mask=rows.exists)
+    tl.store(ptrs + 2 * stride_field, summary.scaled, mask=rows.exists)
+
+
+@triton.jit
+def combine(parts, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+    """The summary of each row from those of its parts along axis 1: single classes, lanes, or programs' parts."""
+    m = tl.max(parts.max, axis=1)
+    gaps = parts.max - origin(m)[:, None]
+    zero = tl.zeros(m.shape, m.dtype)
+    plain = tl.sum(parts.plain * fast_exp(gaps), axis=1) if PLAIN else zero
+    scaled = tl.sum(parts.scaled * fast_exp(scale * gaps), axis=1) if SCALED else zero
+    return Summary(m, plain, scaled)
+
+
+@triton.jit
+def origin(m):
+    """What the exponents of a summary with maximum m are relative to: m, or 0 where there are no others."""
+    return tl.where(m == -float("inf"), 0.0, m)
 
 
 @triton.jit
@@ -110,11 +231,174 @@ def redistribute(per_row, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def gradient(gaps, cols, target, scale, plain_coef, scaled_coef, slope, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+def redistribute_summary(summary, BLOCK_ROWS: tl.constexpr):
+    """The same summary for the work of one value a row."""
+    return Summary(
+        redistribute(summary.max, BLOCK_ROWS),
+        redistribute(summary.plain, BLOCK_ROWS),
+        redistribute(summary.scaled, BLOCK_ROWS),
+    )
+
+
+@triton.jit
+def redistribute_coefs(coefs, m, BLOCK_ROWS: tl.constexpr):
+    """The same coefficients for the work on a tile, with the maximum as the tile has it.
+
+    With another copy of the maximum the compiler would not see that the tile's exponentials are at hand already.
+    """
+    return Coefs(
+        origin(m),
+        redistribute(coefs.plain, BLOCK_ROWS),
+        redistribute(coefs.scaled, BLOCK_ROWS),
+        redistribute(coefs.slope, BLOCK_ROWS),
+    )
+
+
+@triton.jit
+def terms_and_slopes(
+    summary, x_y, margins_ptr, rows, gamma, scale, HAS_LDAM: tl.constexpr, HAS_FOCAL: tl.constexpr,
+    UNIT_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Both terms and their slopes, from the gap between the others and the target.
+
+    Without others (C = 1, or all at -inf) the gap is -inf. It is NaN where the target is no class, and where x_y is
+    infinite and has no softmax.
+    """
+    # Told by a sum, since a maximum overlooks NaN. log(1) in place of log(0) saves registers, it changes no value.
+    no_others = (summary.plain if HAS_FOCAL or UNIT_SCALE else summary.scaled) == 0
+    plain_sum = tl.where(no_others, 1.0, summary.plain)
+    scaled_sum = tl.where(no_others, 1.0, summary.scaled)
+    gap = tl.where(no_others, -float("inf"), summary.max) - x_y
+    gap = tl.where(rows.out_of_range | (x_y == float("inf")), float("nan"), gap)
+    zero = tl.zeros(gap.shape, gap.dtype)
+    ldam, ldam_slope, focal, focal_slope = zero, zero, zero, zero
+    if HAS_FOCAL:
+        focal, focal_slope = focal_term(gap + tl.log(plain_sum), gamma)
+    if HAS_LDAM:
+        if margins_ptr is not None:
+            gap += tl.load(margins_ptr + rows.target, mask=rows.kept, other=0.0).to(gap.dtype)
+        v = gap + tl.log(plain_sum) if UNIT_SCALE else scale * gap + tl.log(scaled_sum)
+        ldam, ldam_slope = ldam_term(v)
+    return Terms(ldam, ldam_slope, focal, focal_slope)
+
+
+@triton.jit
+def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, IS_MEAN: tl.constexpr, BY_COUNT: tl.constexpr):
+    """What the loss and gradient of each term are divided by, see reduction.py: 1 unless they are means.
+
+    From totals_kernel's partial sums; without them, from the rows of this program, which then has them all.
+    """
+    weight_total = tl.full([], 1.0, weight.dtype)
+    count = weight_total
+    if IS_MEAN and totals_ptr is None:
+        weight_total = tl.sum(weight)
+        count = tl.sum(kept.to(weight.dtype))
+    elif IS_MEAN:
+        offs = tl.arange(0, N_TOTALS)
+        weight_total = tl.sum(tl.load(totals_ptr + offs))
+        count = tl.sum(tl.load(totals_ptr + N_TOTALS + offs))
+    return Denominators(weight_total, count if BY_COUNT else weight_total)
+
+
+@triton.jit
+def weighted_losses(terms, weight, active, alpha, beta, HAS_LDAM: tl.constexpr, HAS_FOCAL: tl.constexpr):
+    """The two terms of each row with coefficients and weights; exactly 0 where it does not take part."""
+    zero = tl.zeros(weight.shape, weight.dtype)
+    ldam, focal = zero, zero
+    if HAS_LDAM:
+        ldam = tl.where(active, alpha * (weight * terms.ldam), 0.0)
+    if HAS_FOCAL:
+        focal = tl.where(active, beta * (weight * terms.focal), 0.0)
+    return ldam, focal
+
+
+@triton.jit
+def coefs_of(
+    summary, terms, weight, denominators, active, alpha, beta, scale, HAS_LDAM: tl.constexpr, HAS_FOCAL: tl.constexpr,
+    UNIT_SCALE: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of each row's gradient; exactly 0 where it does not take part, whatever the denominators are."""
+    plain = tl.zeros(weight.shape, weight.dtype)
+    scaled = plain
+    if HAS_FOCAL:
+        plain += tl.where(active, beta * (weight / denominators.focal * terms.focal_slope), 0.0)
+    if HAS_LDAM:
+        slope = tl.where(active, alpha * (weight / denominators.ldam * terms.ldam_slope), 0.0)
+        if UNIT_SCALE:
+            plain += slope
+        else:
+            scaled += scale * slope
+    # The largest other's exponential is 1, so that only a sum without any is less; its slope is 0.
+    plain_coef = plain / tl.maximum(summary.plain, 1.0)
+    scaled_coef = scaled / tl.maximum(summary.scaled, 1.0)
+    return Coefs(origin(summary.max), plain_coef, scaled_coef, plain + scaled)
+
+
+@triton.jit
+def sum_of_rows(
+    ldam,
+    focal,
+    denominators,
+    BY_COUNT: tl.constexpr,
+    IS_MEAN: tl.constexpr,
+    HAS_LDAM: tl.constexpr,
+    HAS_FOCAL: tl.constexpr,
+):
+    """The share of these rows in a sum or mean, divided once, after the sum.
+
+    A term that is absent has no say in it, not even by a denominator of 0.
+    """
+    loss = tl.zeros([], ldam.dtype)
+    if not IS_MEAN:
+        loss += tl.sum(ldam + focal)
+    elif not BY_COUNT:
+        loss += tl.sum(ldam + focal) / denominators.ldam
+    else:
+        if HAS_LDAM:
+            loss += tl.sum(ldam) / denominators.ldam
+        if HAS_FOCAL:
+            loss += tl.sum(focal) / denominators.focal
+    return loss
+
+
+@triton.jit
+def store_coefs(row_ptrs, coefs, exists):
+    """The coefficients of each row, side by side."""
+    tl.store(row_ptrs, coefs.max, mask=exists)
+    tl.store(row_ptrs + 1, coefs.plain, mask=exists)
+    tl.store(row_ptrs + 2, coefs.scaled, mask=exists)
+    tl.store(row_ptrs + 3, coefs.slope, mask=exists)
+
+
+@triton.jit
+def load_coefs(row_ptrs, upstream, exists):
+    """The coefficients of each row, times its upstream gradient."""
+    return Coefs(
+        tl.load(row_ptrs, mask=exists, other=0.0),
+        upstream * tl.load(row_ptrs + 1, mask=exists, other=0.0),
+        upstream * tl.load(row_ptrs + 2, mask=exists, other=0.0),
+        upstream * tl.load(row_ptrs + 3, mask=exists, other=0.0),
+    )
+
+
+@triton.jit
+def gradient(others, offs_c, target, coefs, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
     """A tile of the gradient. Where the tile's exponentials are at hand already, the compiler reuses them."""
+    gaps = others - coefs.max[:, None]
     grad = tl.zeros(gaps.shape, gaps.dtype)
     if PLAIN:
-        grad += plain_coef[:, None] * exp(gaps)
+        grad += coefs.plain[:, None] * fast_exp(gaps)
     if SCALED:
-        grad += scaled_coef[:, None] * exp(scale * gaps)
-    return tl.where(cols[None, :] == target[:, None], -slope[:, None], grad)
+        grad += coefs.scaled[:, None] * fast_exp(scale * gaps)
+    return tl.where(offs_c[None, :] == target[:, None], -coefs.slope[:, None], grad)
+
+
+@triton.jit
+def store_gradient(row_ptrs, offs_c, stride_class, exists, n_classes, grad, EVICTION: tl.constexpr):
+    """A tile of the gradient, rounded to the dtype in which it is kept."""
+    tl.store(
+        tile_ptrs(row_ptrs, offs_c, stride_class),
+        grad.to(row_ptrs.dtype.element_ty),
+        mask=tile_mask(exists, offs_c, n_classes),
+        eviction_policy=EVICTION,
+    )

@@ -1,31 +1,29 @@
-"""Kernels that see no row as a whole."""
+"""Kernels around the loss, which need no summary of a row. Words and shapes are those of index.py."""
 
 import triton
 import triton.language as tl
 
-from ..rows import load_target, tile_mask, tile_ptrs, weight_of
+from ..rows import load_target, load_weight, tile_mask, tile_ptrs
 
 
 @triton.jit
 def totals_kernel(
-    target_ptr,  # (group, row), any integer type
+    target_ptr, target_stride_group, target_stride_row,  # (group, row), any integer type
     weight_ptr,  # (class) or None
     totals_ptr,  # (2, program): sum of weights, number of samples
     ignore_index,
     n_samples,
     n_rows,
     n_classes,
-    target_stride_group,
-    target_stride_row,
     ONE_GROUP: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-):
-    """Each program's part of the denominators of a mean: sum of weights and number of samples that take part."""
+):  # fmt: skip
+    """Each program's partial sums of the weights and of the number of samples that take part."""
     dtype: tl.constexpr = totals_ptr.dtype.element_ty
     program = tl.program_id(0)
     n_programs = tl.num_programs(0)
-    weight_sum = tl.zeros([BLOCK_ROWS], dtype)
+    weight_total = tl.zeros([BLOCK_ROWS], dtype)
     count = tl.zeros([BLOCK_ROWS], dtype)
     for step in range(STEPS):
         samples = (step * n_programs + program).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -34,30 +32,25 @@ def totals_kernel(
         else:
             offs = (samples // n_rows) * target_stride_group + (samples % n_rows) * target_stride_row
         target, kept, _ = load_target(target_ptr + offs, samples < n_samples, n_classes, ignore_index)
-        weight_sum += weight_of(weight_ptr, target, kept, dtype)
+        weight_total += load_weight(weight_ptr, target, kept, dtype)
         count += kept.to(dtype)
-    tl.store(totals_ptr + program, tl.sum(weight_sum))
+    tl.store(totals_ptr + program, tl.sum(weight_total))
     tl.store(totals_ptr + n_programs + program, tl.sum(count))
 
 
 @triton.jit
 def upstream_kernel(
-    grad_ptr,  # (group, row, class)
-    upstream_ptr,  # (group, row), strides 0 for a scalar
+    grad_ptr, grad_stride_group, grad_stride_row, grad_stride_class,  # (group, row, class)
+    upstream_ptr, upstream_stride_group, upstream_stride_row,  # (group, row), strides 0 for a scalar
     out_ptr,  # (group, row, class), strides of grad_ptr
     n_tiles,
     n_rows,
     n_classes,
-    grad_stride_group,
-    grad_stride_row,
-    grad_stride_class,
-    upstream_stride_group,
-    upstream_stride_row,
     IN_PLACE: tl.constexpr,  # out_ptr is grad_ptr
     STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
-):
+):  # fmt: skip
     """out = upstream * grad. In place, a tile whose upstream gradients are all exactly 1 is not touched.
 
     A program takes STEPS tiles: where nothing is to be done, starting one for each would be what costs.

@@ -1,0 +1,62 @@
+"""What a reduction needs, once for both backends: by what a mean divides, and how partial sums make the whole.
+
+The loss is the sum of two terms, and a mean may divide each by a *total* of its own: the sum of the weights, or the
+number of samples that take part. *Denominators* are the totals that belong to LDAM and to the focal term.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rule(NamedTuple):
+    """What a reduction does."""
+
+    per_sample: bool = False  # nothing is reduced
+    is_mean: bool = False
+    focal_by_count: bool = False  # a mean divides the focal term by the number of samples, not by their weights
+
+
+RULES = {
+    "none": Rule(per_sample=True),
+    "sum": Rule(),
+    "mean": Rule(is_mean=True),
+    "mean_per_term": Rule(is_mean=True, focal_by_count=True),
+}
+
+
+class Pair(NamedTuple):
+    """One number for each term."""
+
+    ldam: float
+    focal: float
+
+
+def denominators(rule: Rule, n_samples: int, ignored: Tensor | None, weights: Tensor | None) -> Pair:
+    """What each term is divided by: 1 unless it is a mean, NaN where there is nothing to divide by.
+
+    ``ignored`` and ``weights`` have one value a sample, the weights of ignored ones being 0. The kernels do the same
+    on the device: ``totals_kernel`` and ``load_denominators``.
+    """
+    if not rule.is_mean:
+        return Pair(1.0, 1.0)
+    count = n_samples if ignored is None else n_samples - int(ignored.sum())
+    weight_total = count if weights is None else float(weights.sum(dtype=torch.float64))
+    return Pair(weight_total or math.nan, (count if rule.focal_by_count else weight_total) or math.nan)
+
+
+def sum_of_terms(coefficients: Pair, sums: Pair, divided_by: Pair) -> float:
+    """The loss from the sums of the two terms. A coefficient of 0 takes a term out, denominator and all."""
+    return sum(c * total / d for c, total, d in zip(coefficients, sums, divided_by, strict=True) if c != 0)
+
+
+def sum_of_parts(parts: Tensor) -> Tensor:
+    """The loss from the partial sums of programs: in one fixed order, so that it is the same every time."""
+    return parts.sum() if parts.ndim > 0 else parts
+
+
+def of_no_samples(rule: Rule) -> float:
+    """The loss of an empty batch, as in ``F.cross_entropy``."""
+    return math.nan if rule.is_mean else 0.0
