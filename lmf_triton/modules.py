@@ -166,7 +166,7 @@ class LossModule(nn.Module):
         """Move or cast, by whatever method of ``nn.Module``; values that did not come along are written anew."""
         before = self._own_buffers()
         with _Allocations() as allocations:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._own_buffers().items():
             if not buffer.is_meta and (before[name].is_meta or allocations.seen):
                 self._write_anew(name, buffer)
