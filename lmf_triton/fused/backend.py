@@ -16,7 +16,7 @@ from ..shapes import arithmetic_dtype
 from . import launch
 from .kernels import elementwise, index
 from .layout import Axes, axes
-from .rows import Coefs, Summary
+from .rows import Coefs, Form, Summary
 
 # True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
 INTERPRETED = not isinstance(index.forward_kernel, triton.JITFunction)
@@ -169,8 +169,7 @@ def _summaries(plan: launch.Plan, inputs: Inputs, options: LossOptions) -> Tenso
         options.ignore_index,
         plan.n_rows,
         plan.n_classes,
-        PLAIN=options.needs_plain,
-        SCALED=options.needs_scaled,
+        FORM=_form(options),
     )
     return summaries
 
@@ -206,12 +205,8 @@ def _launch_forward(
             options.ignore_index,
             plan.n_rows,
             plan.n_classes,
-            HAS_LDAM=options.has_ldam,
-            HAS_FOCAL=options.has_focal,
-            UNIT_SCALE=options.scale == 1,
-            PER_ROW=per_sample,
-            IS_MEAN=options.rule.is_mean,
-            FOCAL_BY_COUNT=options.rule.focal_by_count,
+            FORM=_form(options),
+            RULE=options.rule,
             N_TOTALS=1 if totals is None else totals.shape[1],
         )
 
@@ -248,8 +243,7 @@ def _launch_backward(
             options.ignore_index,
             plan.n_rows,
             plan.n_classes,
-            PLAIN=options.needs_plain,
-            SCALED=options.needs_scaled,
+            FORM=_form(options),
         )
 
 
@@ -281,6 +275,10 @@ def _empty_losses(inputs: Inputs, options: LossOptions, n_partials: int) -> Tens
 def _empty_coefs(inputs: Inputs) -> Tensor:
     """A place for the numbers of each row from which ``backward_kernel`` computes the gradient."""
     return inputs.logits.new_empty((*inputs.target.shape, N_COEFS), dtype=arithmetic_dtype(inputs.logits))
+
+
+def _form(options: LossOptions) -> Form:
+    return Form(options.has_ldam, options.has_focal, options.needs_plain, options.needs_scaled)
 
 
 def _axes(tensor: Tensor) -> Axes:

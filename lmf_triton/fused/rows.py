@@ -3,8 +3,10 @@
 Numerics: every reduction runs over the classes other than the target ("the others"), and every exponent is a
 difference to their largest logit. So neither 1 - p nor -log(p) is ever formed by a subtraction.
 
-Fields of these tuples have one value a row; a ``Summary`` may also be that of parts of rows, along axis 1. PLAIN and
-SCALED say which exponentials the loss needs; a field for the other ones is 0, and nothing is compiled for it.
+Fields of these tuples have one value a row; a ``Summary`` may also be that of parts of rows, along axis 1. A field for
+exponentials that the loss does not need is 0, and nothing is compiled for it.
+
+Two constexprs say what is compiled: FORM, a ``Form``, and RULE, the ``Rule`` of the reduction (reduction.py).
 """
 
 from typing import NamedTuple
@@ -13,6 +15,15 @@ import triton
 import triton.language as tl
 
 from .math import fast_exp, focal_term, ldam_term
+
+
+class Form(NamedTuple):
+    """Which terms the loss has, and which exponentials of the others they need."""
+
+    has_ldam: bool  # alpha != 0
+    has_focal: bool  # beta != 0
+    plain: bool  # exp(x): for focal loss, and for LDAM if scale is 1
+    scaled: bool  # exp(scale * x): for LDAM if scale is not 1
 
 
 class Rows(NamedTuple):
@@ -130,9 +141,9 @@ def load_others(row_ptrs, offs_c, stride_class, rows, n_classes, dtype: tl.const
 
 
 @triton.jit
-def summarise_tile(others, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+def summarise_tile(others, FORM: tl.constexpr):
     """The summary of each element of a tile: relative to itself, its exponential is 1."""
-    return Summary(others, 1.0 if PLAIN else 0.0, 1.0 if SCALED else 0.0)
+    return Summary(others, 1.0 if FORM.plain else 0.0, 1.0 if FORM.scaled else 0.0)
 
 
 @triton.jit
@@ -144,8 +155,7 @@ def summarise_loop(
     n_classes,
     scale,
     dtype: tl.constexpr,
-    PLAIN: tl.constexpr,
-    SCALED: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr,
@@ -157,17 +167,17 @@ def summarise_loop(
         offs_c = (first_block + block) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         # They are read once more, for the gradient.
         others = load_others(row_ptrs, offs_c, stride_class, rows, n_classes, dtype, EVICTION="evict_last")
-        lanes = add_class(lanes, others, scale, PLAIN, SCALED)
+        lanes = add_class(lanes, others, scale, FORM)
     return lanes
 
 
 @triton.jit
-def add_class(lanes, x, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+def add_class(lanes, x, scale, FORM: tl.constexpr):
     """The summary of each lane with one more class, whose logit is x."""
     gap = x - lanes.max
     is_empty = x == -float("inf")
-    plain = online_sum(lanes.plain, gap, is_empty) if PLAIN else lanes.plain
-    scaled = online_sum(lanes.scaled, scale * gap, is_empty) if SCALED else lanes.scaled
+    plain = online_sum(lanes.plain, gap, is_empty) if FORM.plain else lanes.plain
+    scaled = online_sum(lanes.scaled, scale * gap, is_empty) if FORM.scaled else lanes.scaled
     return Summary(tl.maximum(lanes.max, x), plain, scaled)
 
 
@@ -202,13 +212,13 @@ def store_summary(summaries_ptr, summary, part, rows, n_rows, CLASS_PARTS: tl.co
 
 
 @triton.jit
-def combine(parts, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+def combine(parts, scale, FORM: tl.constexpr):
     """The summary of each row from those of its parts along axis 1: single classes, lanes, or programs' parts."""
     m = tl.max(parts.max, axis=1)
     gaps = parts.max - origin(m)[:, None]
     zero = tl.zeros(m.shape, m.dtype)
-    plain = tl.sum(parts.plain * fast_exp(gaps), axis=1) if PLAIN else zero
-    scaled = tl.sum(parts.scaled * fast_exp(scale * gaps), axis=1) if SCALED else zero
+    plain = tl.sum(parts.plain * fast_exp(gaps), axis=1) if FORM.plain else zero
+    scaled = tl.sum(parts.scaled * fast_exp(scale * gaps), axis=1) if FORM.scaled else zero
     return Summary(m, plain, scaled)
 
 
@@ -256,8 +266,7 @@ def redistribute_coefs(coefs, m, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def terms_and_slopes(
-    summary, x_y, margins_ptr, rows, gamma, scale, HAS_LDAM: tl.constexpr, HAS_FOCAL: tl.constexpr,
-    UNIT_SCALE: tl.constexpr,
+    summary, x_y, margins_ptr, rows, gamma, scale, FORM: tl.constexpr
 ):  # fmt: skip
     """Both terms and their slopes, from the gap between the others and the target.
 
@@ -265,69 +274,68 @@ def terms_and_slopes(
     infinite and has no softmax.
     """
     # Told by a sum, since a maximum overlooks NaN. log(1) in place of log(0) saves registers, it changes no value.
-    no_others = (summary.plain if HAS_FOCAL or UNIT_SCALE else summary.scaled) == 0
+    no_others = (summary.plain if FORM.plain else summary.scaled) == 0
     plain_sum = tl.where(no_others, 1.0, summary.plain)
     scaled_sum = tl.where(no_others, 1.0, summary.scaled)
     gap = tl.where(no_others, -float("inf"), summary.max) - x_y
     gap = tl.where(rows.out_of_range | (x_y == float("inf")), float("nan"), gap)
     zero = tl.zeros(gap.shape, gap.dtype)
     ldam, ldam_slope, focal, focal_slope = zero, zero, zero, zero
-    if HAS_FOCAL:
+    if FORM.has_focal:
         focal, focal_slope = focal_term(gap + tl.log(plain_sum), gamma)
-    if HAS_LDAM:
+    if FORM.has_ldam:
         if margins_ptr is not None:
             gap += tl.load(margins_ptr + rows.target, mask=rows.kept, other=0.0).to(gap.dtype)
-        v = gap + tl.log(plain_sum) if UNIT_SCALE else scale * gap + tl.log(scaled_sum)
+        v = scale * gap + tl.log(scaled_sum) if FORM.scaled else gap + tl.log(plain_sum)
         ldam, ldam_slope = ldam_term(v)
     return Terms(ldam, ldam_slope, focal, focal_slope)
 
 
 @triton.jit
-def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, IS_MEAN: tl.constexpr, BY_COUNT: tl.constexpr):
+def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, RULE: tl.constexpr):
     """What the loss and gradient of each term are divided by, see reduction.py: 1 unless they are means.
 
     From totals_kernel's partial sums; without them, from the rows of this program, which then has them all.
     """
     weight_total = tl.full([], 1.0, weight.dtype)
     count = weight_total
-    if IS_MEAN and totals_ptr is None:
+    if RULE.is_mean and totals_ptr is None:
         weight_total = tl.sum(weight)
         count = tl.sum(kept.to(weight.dtype))
-    elif IS_MEAN:
+    elif RULE.is_mean:
         offs = tl.arange(0, N_TOTALS)
         weight_total = tl.sum(tl.load(totals_ptr + offs))
         count = tl.sum(tl.load(totals_ptr + N_TOTALS + offs))
-    return Denominators(weight_total, count if BY_COUNT else weight_total)
+    return Denominators(weight_total, count if RULE.focal_by_count else weight_total)
 
 
 @triton.jit
-def weighted_losses(terms, weight, active, alpha, beta, HAS_LDAM: tl.constexpr, HAS_FOCAL: tl.constexpr):
+def weighted_losses(terms, weight, active, alpha, beta, FORM: tl.constexpr):
     """The two terms of each row with coefficients and weights; exactly 0 where it does not take part."""
     zero = tl.zeros(weight.shape, weight.dtype)
     ldam, focal = zero, zero
-    if HAS_LDAM:
+    if FORM.has_ldam:
         ldam = tl.where(active, alpha * (weight * terms.ldam), 0.0)
-    if HAS_FOCAL:
+    if FORM.has_focal:
         focal = tl.where(active, beta * (weight * terms.focal), 0.0)
     return ldam, focal
 
 
 @triton.jit
 def coefs_of(
-    summary, terms, weight, denominators, active, alpha, beta, scale, HAS_LDAM: tl.constexpr, HAS_FOCAL: tl.constexpr,
-    UNIT_SCALE: tl.constexpr,
+    summary, terms, weight, denominators, active, alpha, beta, scale, FORM: tl.constexpr
 ):  # fmt: skip
     """The coefficients of each row's gradient; exactly 0 where it does not take part, whatever the denominators are."""
     plain = tl.zeros(weight.shape, weight.dtype)
     scaled = plain
-    if HAS_FOCAL:
+    if FORM.has_focal:
         plain += tl.where(active, beta * (weight / denominators.focal * terms.focal_slope), 0.0)
-    if HAS_LDAM:
+    if FORM.has_ldam:
         slope = tl.where(active, alpha * (weight / denominators.ldam * terms.ldam_slope), 0.0)
-        if UNIT_SCALE:
-            plain += slope
-        else:
+        if FORM.scaled:
             scaled += scale * slope
+        else:
+            plain += slope
     # The largest other's exponential is 1, so that only a sum without any is less; its slope is 0.
     plain_coef = plain / tl.maximum(summary.plain, 1.0)
     scaled_coef = scaled / tl.maximum(summary.scaled, 1.0)
@@ -339,24 +347,22 @@ def sum_of_rows(
     ldam,
     focal,
     denominators,
-    BY_COUNT: tl.constexpr,
-    IS_MEAN: tl.constexpr,
-    HAS_LDAM: tl.constexpr,
-    HAS_FOCAL: tl.constexpr,
+    FORM: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     """The share of these rows in a sum or mean, divided once, after the sum.
 
     A term that is absent has no say in it, not even by a denominator of 0.
     """
     loss = tl.zeros([], ldam.dtype)
-    if not IS_MEAN:
+    if not RULE.is_mean:
         loss += tl.sum(ldam + focal)
-    elif not BY_COUNT:
+    elif not RULE.focal_by_count:
         loss += tl.sum(ldam + focal) / denominators.ldam
     else:
-        if HAS_LDAM:
+        if FORM.has_ldam:
             loss += tl.sum(ldam) / denominators.ldam
-        if HAS_FOCAL:
+        if FORM.has_focal:
             loss += tl.sum(focal) / denominators.focal
     return loss
 
@@ -382,13 +388,13 @@ def load_coefs(row_ptrs, upstream, exists):
 
 
 @triton.jit
-def gradient(others, offs_c, target, coefs, scale, PLAIN: tl.constexpr, SCALED: tl.constexpr):
+def gradient(others, offs_c, target, coefs, scale, FORM: tl.constexpr):
     """A tile of the gradient. Where the tile's exponentials are at hand already, the compiler reuses them."""
     gaps = others - coefs.max[:, None]
     grad = tl.zeros(gaps.shape, gaps.dtype)
-    if PLAIN:
+    if FORM.plain:
         grad += coefs.plain[:, None] * fast_exp(gaps)
-    if SCALED:
+    if FORM.scaled:
         grad += coefs.scaled[:, None] * fast_exp(scale * gaps)
     return tl.where(offs_c[None, :] == target[:, None], -coefs.slope[:, None], grad)
 

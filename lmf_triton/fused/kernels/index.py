@@ -13,6 +13,7 @@ Words: *others*, the classes other than the target; *gap*, from the target's log
 *plain* and *scaled*, what belongs to exp(x) and to exp(scale * x); *slope*, the derivative of a term in its gap;
 *coefs*, the coefficients of a row's gradient; *tile*, ``[BLOCK_ROWS, BLOCK_CLASSES]`` of one group; *part*, the classes
 of one program of summarise_kernel; *totals*, sum of weights and number of samples, which *denominators* are made of.
+FORM and RULE, which are constexprs, say what terms and what reduction a kernel is compiled for (rows.py, reduction.py).
 
 Loops run to a compile-time bound: a power of two or a number of class blocks, so that few variants are compiled.
 """
@@ -54,8 +55,7 @@ def summarise_kernel(
     ignore_index,
     n_rows,
     n_classes,  # this and the strides of rows of logits in units of ALIGN elements
-    PLAIN: tl.constexpr,  # e^(x_j - m) is needed
-    SCALED: tl.constexpr,  # e^(scale * (x_j - m)) is needed
+    FORM: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     CLASS_PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -70,10 +70,10 @@ def summarise_kernel(
     rows = load_rows(block, target_ptr, 0, target_stride_row, n_rows, n_classes, ignore_index, BLOCK_ROWS)
     row_ptrs = logits_ptr + ALIGN * offsets(rows, 0, logits_stride_row)
     lanes = summarise_loop(
-        row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, PLAIN, SCALED, BLOCK_ROWS,
+        row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM, BLOCK_ROWS,
         BLOCK_CLASSES, CLASS_BLOCKS,
     )  # fmt: skip
-    store_summary(summaries_ptr, combine(lanes, scale, PLAIN, SCALED), part, rows, n_rows, CLASS_PARTS)
+    store_summary(summaries_ptr, combine(lanes, scale, FORM), part, rows, n_rows, CLASS_PARTS)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def forward_kernel(
     weight_ptr,  # (class) or None
     totals_ptr,  # (2, N_TOTALS) from totals_kernel; None: no mean, or this one tile holds all rows
     summaries_ptr,  # (3, row, BLOCK_CLASSES) from summarise_kernel, in the one tile that combines them; or None
-    loss_ptr,  # (group, row) if PER_ROW, otherwise (program): the sum of its rows
+    loss_ptr,  # (group, row) if nothing is reduced, otherwise (program): the sum of its rows
     coefs_ptr, out_stride_group, out_stride_row,  # (group, row, N_COEFS) or None; the strides of loss_ptr too
     grad_ptr, grad_stride_group, grad_stride_row, grad_stride_class,  # (group, row, class), or None: no gradient now
     alpha,
@@ -94,12 +94,8 @@ def forward_kernel(
     ignore_index,
     n_rows,
     n_classes,  # this and the strides of groups and rows of logits and gradient in units of ALIGN elements
-    HAS_LDAM: tl.constexpr,  # alpha != 0
-    HAS_FOCAL: tl.constexpr,  # beta != 0
-    UNIT_SCALE: tl.constexpr,  # scale == 1: both terms share their exponentials
-    PER_ROW: tl.constexpr,  # the losses are not reduced
-    IS_MEAN: tl.constexpr,
-    FOCAL_BY_COUNT: tl.constexpr,  # a mean divides the focal term by the number of samples, not by their weights
+    FORM: tl.constexpr,  # which terms, and which exponentials they need
+    RULE: tl.constexpr,  # of the reduction
     N_TOTALS: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     BLOCK_ROWS: tl.constexpr,
@@ -108,9 +104,6 @@ def forward_kernel(
 ):  # fmt: skip
     """Loss of BLOCK_ROWS rows, with their gradient or the coefficients from which backward_kernel computes it."""
     dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    PLAIN: tl.constexpr = HAS_FOCAL or UNIT_SCALE  # e^(x_j - m) is needed
-    SCALED: tl.constexpr = HAS_LDAM and not UNIT_SCALE  # e^(scale * (x_j - m)) is needed
-
     program = tl.program_id(0)
     n_classes = ALIGN * n_classes
     rows = load_rows(
@@ -125,30 +118,28 @@ def forward_kernel(
         parts = load_summaries(summaries_ptr, rows, n_rows, BLOCK_CLASSES)
     elif CLASS_BLOCKS == 1:
         others = load_others(row_ptrs, offs_c, logits_stride_class, rows, n_classes, dtype, EVICTION="")
-        parts = summarise_tile(others, PLAIN, SCALED)
+        parts = summarise_tile(others, FORM)
     else:
         parts = summarise_loop(
-            row_ptrs, logits_stride_class, 0, rows, n_classes, scale, dtype, PLAIN, SCALED, BLOCK_ROWS, BLOCK_CLASSES,
+            row_ptrs, logits_stride_class, 0, rows, n_classes, scale, dtype, FORM, BLOCK_ROWS, BLOCK_CLASSES,
             CLASS_BLOCKS,
         )  # fmt: skip
 
     # Combine.
-    combined = combine(parts, scale, PLAIN, SCALED)
+    combined = combine(parts, scale, FORM)
     summary = redistribute_summary(combined, BLOCK_ROWS)
 
     # Loss and coefficients.
-    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, gamma, scale, HAS_LDAM, HAS_FOCAL, UNIT_SCALE)
+    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, gamma, scale, FORM)
     weight = load_weight(weight_ptr, rows.target, rows.kept, dtype)
-    denominators = load_denominators(totals_ptr, weight, rows.kept, N_TOTALS, IS_MEAN, FOCAL_BY_COUNT)
+    denominators = load_denominators(totals_ptr, weight, rows.kept, N_TOTALS, RULE)
     active = rows.kept | rows.out_of_range
-    ldam, focal = weighted_losses(terms, weight, active, alpha, beta, HAS_LDAM, HAS_FOCAL)
-    coefs = coefs_of(summary, terms, weight, denominators, active, alpha, beta, scale, HAS_LDAM, HAS_FOCAL, UNIT_SCALE)
-    if PER_ROW:
+    ldam, focal = weighted_losses(terms, weight, active, alpha, beta, FORM)
+    coefs = coefs_of(summary, terms, weight, denominators, active, alpha, beta, scale, FORM)
+    if RULE.per_sample:
         tl.store(loss_ptr + offsets(rows, out_stride_group, out_stride_row), ldam + focal, mask=rows.exists)
     else:
-        tl.store(
-            loss_ptr + program, sum_of_rows(ldam, focal, denominators, FOCAL_BY_COUNT, IS_MEAN, HAS_LDAM, HAS_FOCAL)
-        )
+        tl.store(loss_ptr + program, sum_of_rows(ldam, focal, denominators, FORM, RULE))
     if coefs_ptr is not None:
         store_coefs(coefs_ptr + N_COEFS * offsets(rows, out_stride_group, out_stride_row), coefs, rows.exists)
 
@@ -157,14 +148,14 @@ def forward_kernel(
         coefs = redistribute_coefs(coefs, combined.max, BLOCK_ROWS)
         grad_rows = grad_ptr + ALIGN * offsets(rows, grad_stride_group, grad_stride_row)
         if CLASS_BLOCKS == 1:
-            grad = gradient(others, offs_c, rows.target, coefs, scale, PLAIN, SCALED)
+            grad = gradient(others, offs_c, rows.target, coefs, scale, FORM)
             store_gradient(grad_rows, offs_c, grad_stride_class, rows.exists, n_classes, grad, EVICTION="")
         else:
             # Backwards: the blocks read last are the likeliest to be in cache still.
             for block in range(CLASS_BLOCKS):
                 cols = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES + offs_c
                 again = load_others(row_ptrs, cols, logits_stride_class, rows, n_classes, dtype, EVICTION="evict_first")
-                grad = gradient(again, cols, rows.target, coefs, scale, PLAIN, SCALED)
+                grad = gradient(again, cols, rows.target, coefs, scale, FORM)
                 store_gradient(grad_rows, cols, grad_stride_class, rows.exists, n_classes, grad, EVICTION="evict_first")
 
 
@@ -179,8 +170,7 @@ def backward_kernel(
     ignore_index,
     n_rows,
     n_classes,  # this and the strides of groups and rows of logits and gradient in units of ALIGN elements
-    PLAIN: tl.constexpr,
-    SCALED: tl.constexpr,
+    FORM: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
@@ -205,6 +195,6 @@ def backward_kernel(
 
     row_ptrs = logits_ptr + ALIGN * offsets(rows, logits_stride_group, logits_stride_row)
     others = load_others(row_ptrs, offs_c, logits_stride_class, rows, n_classes, dtype, EVICTION="")
-    grad = gradient(others, offs_c, rows.target, coefs, scale, PLAIN, SCALED)
+    grad = gradient(others, offs_c, rows.target, coefs, scale, FORM)
     grad_rows = grad_ptr + ALIGN * offsets(rows, grad_stride_group, grad_stride_row)
     store_gradient(grad_rows, offs_c, grad_stride_class, rows.exists, n_classes, grad, EVICTION="")
