@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ CPU = torch.device("cpu")
 EAGER_CONTENDERS = [contender for contender in CONTENDERS if not contender.compiled]
 
 
-@pytest.fixture
-def clock(monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def clock() -> Iterator[None]:
     """Every call is run once, and takes as many microseconds as calls went before it."""
     ticks = itertools.count(1)
 
@@ -32,11 +33,13 @@ def clock(monkeypatch) -> None:
             call(*((prepare[name](),) if prepare else ()))
         return {name: 1e-6 * next(ticks) for name in calls}
 
-    for name in "device_times", "host_times", "graph_times":
-        monkeypatch.setattr(measure, name, times)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in "device_times", "host_times", "graph_times":
+            patch.setattr(measure, name, times)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def measured(clock) -> list[Row]:
     """Rows as on a GPU."""
     problems = [
