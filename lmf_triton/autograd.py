@@ -141,7 +141,7 @@ def _laid_out(tensor: Tensor | None, strides: tuple[int, ...] | None) -> Tensor 
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _holders(saved: list[Tensor]) -> tuple[int, ...] | None:
+def _holders(saved: list[Any]) -> tuple[int, ...] | None:
     """How many hold the one tensor of this list, in Python and in C++, and its memory; None where that is not told.
 
     Without a local variable for either, since a debugger that looks at them would be counted.

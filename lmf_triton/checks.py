@@ -165,9 +165,10 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 def _is_wrapped(tensor: Tensor) -> bool:
     """Whether any level of torch.func's transforms holds this tensor: its derivatives there would be lost."""
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if torch._C._are_functorch_transforms_active():
-        return functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+        is_functional: bool = torch._is_functional_tensor(tensor)  # pyright: ignore[reportPrivateImportUsage]
+        return is_functional or functorch.is_functorch_wrapped_tensor(tensor)
     return functorch.is_legacy_batchedtensor(tensor)  # autograd's own batches of upstream gradients
 
 

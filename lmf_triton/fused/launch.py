@@ -157,9 +157,9 @@ class Plan:
     """All launches of one kernel: the same programs for each place in ``offsets``."""
 
     offsets: tuple[tuple[int, ...], ...]  # for each launch, where it starts in each tensor
-    strides: tuple[tuple[int, ...], ...]  # of each tensor: group, row and, if it has classes, class; as the kernel
-    n_rows: int  # takes them, and so
-    n_classes: int  # is this: in units of ALIGN, where the kernel has one
+    strides: tuple[tuple[int, ...], ...]  # of each tensor: group, row and, where it has classes, class; see _plan
+    n_rows: int
+    n_classes: int  # see _plan
     n_programs: int  # of one launch
     meta: Mapping[str, int]  # the kernel's constexprs that are sizes, and num_warps
     n_items: int = 0  # what the programs share, in kernels that count it: all samples, or all tiles
@@ -274,7 +274,10 @@ def _plan(
     aligned: bool,
     **meta: int,
 ) -> Plan:
-    """``class_strides`` has None for tensors without classes; ``aligned``: the kernel has ALIGN."""
+    """``class_strides`` has None for tensors without classes.
+
+    ``aligned``: the kernel has ALIGN, and takes the classes and the strides of groups and rows in units of it.
+    """
     meta |= {
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_CLASSES": config.block_classes,
