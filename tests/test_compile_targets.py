@@ -16,6 +16,8 @@ from benchmarks.problems import PROBLEMS
 
 triton = pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 # Compiles each different configuration once: what a kernel's loops turn to, and the number of programs, make no other.
 COMPILE = """
 import json, multiprocessing, os, sys

@@ -81,11 +81,13 @@ def errors(request, tmp_path_factory) -> list[Error]:
     return request.param([ROOT / "lmf_triton", USER_CODE, wrong])
 
 
+@pytest.mark.slow
 def test_the_package_and_code_that_uses_it_are_clean(errors):
     found = [f"{e.file}:{e.line}: {e.message}" for e in errors if e.file.name != "wrong.py"]
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_wrong_code_is_reported(errors):
     """Each line, and no line of those before them."""
     lines = [*SETUP.splitlines(), *WRONG_LINES]
