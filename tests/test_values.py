@@ -138,6 +138,17 @@ def test_large_margins(device, margin):
     assert_accurate(case, *evaluate(case))
 
 
+@every_way
+def test_a_margin_whose_exponential_has_few_bits(device):
+    """e^-101, which is below the smallest normal number; against a gap of 60 it leaves e^-41, which is not."""
+    case = Case(
+        torch.tensor([[0.0, 60.0]]), torch.tensor([0]), torch.tensor([-101.0, 0.0]), torch.tensor(1.0), {"beta": 0.0}
+    ).to(device)
+    loss, grad = evaluate(case)
+    assert loss.item() == pytest.approx(math.exp(-41), rel=1e-5, abs=0)
+    assert grad.tolist() == [pytest.approx([-math.exp(-41), math.exp(-41)], rel=1e-5, abs=0)]
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("options", [{"weight": 1e38}, {"weight": 1e30, "alpha": 1e30}], ids=str)
 def test_on_the_cpu_the_sum_of_weights_and_a_weighted_coefficient_may_leave_the_range(monkeypatch, options, scale):
