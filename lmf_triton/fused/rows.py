@@ -45,8 +45,20 @@ class Summary(NamedTuple):
     scaled: tl.tensor  # sum of exp(scale * (x_j - max))
 
 
+class Options(NamedTuple):
+    """Of the loss; scalars."""
+
+    alpha: tl.tensor
+    beta: tl.tensor
+    gamma: tl.tensor
+    scale: tl.tensor
+
+
 class Terms(NamedTuple):
-    """LDAM and focal loss of rows, not weighted yet, and their slopes: the derivatives in their own gaps."""
+    """LDAM and focal loss of rows, with coefficient and weight; and their slopes, by the denominators as well.
+
+    A slope is the derivative of a term in its own gap.
+    """
 
     ldam: tl.tensor
     ldam_slope: tl.tensor
@@ -265,29 +277,38 @@ def redistribute_coefs(coefs, m, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def terms_and_slopes(
-    summary, x_y, margins_ptr, rows, gamma, scale, FORM: tl.constexpr
-):  # fmt: skip
+def no_others(summary, FORM: tl.constexpr):
+    """Whether a row has no others: C = 1, or all at -inf. Told by a sum, since a maximum overlooks NaN."""
+    return (summary.plain if FORM.plain else summary.scaled) == 0
+
+
+@triton.jit
+def terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, options, FORM: tl.constexpr):
     """Both terms and their slopes, from the gap between the others and the target.
 
-    Without others (C = 1, or all at -inf) the gap is -inf. It is NaN where the target is no class, and where x_y is
-    infinite and has no softmax.
+    Without others the gap is -inf. It is NaN where the target is no class, and where x_y is
+    infinite and has no softmax. Rows that do not take part are exactly 0, whatever their logits and the denominators.
     """
-    # Told by a sum, since a maximum overlooks NaN. log(1) in place of log(0) saves registers, it changes no value.
-    no_others = (summary.plain if FORM.plain else summary.scaled) == 0
-    plain_sum = tl.where(no_others, 1.0, summary.plain)
-    scaled_sum = tl.where(no_others, 1.0, summary.scaled)
-    gap = tl.where(no_others, -float("inf"), summary.max) - x_y
+    is_alone = no_others(summary, FORM)
+    plain_sum = tl.where(is_alone, 1.0, summary.plain)  # log(1), not log(0): no other value, but fewer registers
+    scaled_sum = tl.where(is_alone, 1.0, summary.scaled)
+    gap = tl.where(is_alone, -float("inf"), summary.max) - x_y
     gap = tl.where(rows.out_of_range | (x_y == float("inf")), float("nan"), gap)
+    active = rows.kept | rows.out_of_range
     zero = tl.zeros(gap.shape, gap.dtype)
     ldam, ldam_slope, focal, focal_slope = zero, zero, zero, zero
+    # One term is weighted before the other begins: fewer values are under way.
     if FORM.has_focal:
-        focal, focal_slope = focal_term(gap + tl.log(plain_sum), gamma)
+        value, slope = focal_term(gap + tl.log(plain_sum), options.gamma)
+        focal = tl.where(active, options.beta * (weight * value), 0.0)
+        focal_slope = tl.where(active, options.beta * (weight / denominators.focal * slope), 0.0)
     if FORM.has_ldam:
         if margins_ptr is not None:
             gap += tl.load(margins_ptr + rows.target, mask=rows.kept, other=0.0).to(gap.dtype)
-        v = scale * gap + tl.log(scaled_sum) if FORM.scaled else gap + tl.log(plain_sum)
-        ldam, ldam_slope = ldam_term(v)
+        v = options.scale * gap + tl.log(scaled_sum) if FORM.scaled else gap + tl.log(plain_sum)
+        value, slope = ldam_term(v)
+        ldam = tl.where(active, options.alpha * (weight * value), 0.0)
+        ldam_slope = tl.where(active, options.alpha * (weight / denominators.ldam * slope), 0.0)
     return Terms(ldam, ldam_slope, focal, focal_slope)
 
 
@@ -310,60 +331,36 @@ def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, RULE: tl
 
 
 @triton.jit
-def weighted_losses(terms, weight, active, alpha, beta, FORM: tl.constexpr):
-    """The two terms of each row with coefficients and weights; exactly 0 where it does not take part."""
-    zero = tl.zeros(weight.shape, weight.dtype)
-    ldam, focal = zero, zero
-    if FORM.has_ldam:
-        ldam = tl.where(active, alpha * (weight * terms.ldam), 0.0)
-    if FORM.has_focal:
-        focal = tl.where(active, beta * (weight * terms.focal), 0.0)
-    return ldam, focal
-
-
-@triton.jit
-def coefs_of(
-    summary, terms, weight, denominators, active, alpha, beta, scale, FORM: tl.constexpr
-):  # fmt: skip
-    """The coefficients of each row's gradient; exactly 0 where it does not take part, whatever the denominators are."""
-    plain = tl.zeros(weight.shape, weight.dtype)
-    scaled = plain
-    if FORM.has_focal:
-        plain += tl.where(active, beta * (weight / denominators.focal * terms.focal_slope), 0.0)
-    if FORM.has_ldam:
-        slope = tl.where(active, alpha * (weight / denominators.ldam * terms.ldam_slope), 0.0)
-        if FORM.scaled:
-            scaled += scale * slope
-        else:
-            plain += slope
-    # The largest other's exponential is 1, so that only a sum without any is less; its slope is 0.
-    plain_coef = plain / tl.maximum(summary.plain, 1.0)
-    scaled_coef = scaled / tl.maximum(summary.scaled, 1.0)
+def coefs_of(summary, terms, scale, FORM: tl.constexpr):
+    """The coefficients of each row's gradient."""
+    plain = terms.focal_slope
+    scaled = tl.zeros(plain.shape, plain.dtype)
+    if FORM.scaled:
+        scaled = scale * terms.ldam_slope
+    else:
+        plain += terms.ldam_slope
+    is_alone = no_others(summary, FORM)
+    plain_coef = plain / tl.where(is_alone, 1.0, summary.plain)
+    scaled_coef = scaled / tl.where(is_alone, 1.0, summary.scaled)
     return Coefs(origin(summary.max), plain_coef, scaled_coef, plain + scaled)
 
 
 @triton.jit
-def sum_of_rows(
-    ldam,
-    focal,
-    denominators,
-    FORM: tl.constexpr,
-    RULE: tl.constexpr,
-):
+def sum_of_rows(terms, denominators, FORM: tl.constexpr, RULE: tl.constexpr):
     """The share of these rows in a sum or mean, divided once, after the sum.
 
     A term that is absent has no say in it, not even by a denominator of 0.
     """
-    loss = tl.zeros([], ldam.dtype)
+    loss = tl.zeros([], terms.ldam.dtype)
     if not RULE.is_mean:
-        loss += tl.sum(ldam + focal)
+        loss += tl.sum(terms.ldam + terms.focal)
     elif not RULE.focal_by_count:
-        loss += tl.sum(ldam + focal) / denominators.ldam
+        loss += tl.sum(terms.ldam + terms.focal) / denominators.ldam
     else:
         if FORM.has_ldam:
-            loss += tl.sum(ldam) / denominators.ldam
+            loss += tl.sum(terms.ldam) / denominators.ldam
         if FORM.has_focal:
-            loss += tl.sum(focal) / denominators.focal
+            loss += tl.sum(terms.focal) / denominators.focal
     return loss
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from ..rows import (
     N_COEFS,
+    Options,
     coefs_of,
     combine,
     gradient,
@@ -42,7 +43,6 @@ from ..rows import (
     summarise_loop,
     summarise_tile,
     terms_and_slopes,
-    weighted_losses,
 )
 
 
@@ -130,16 +130,15 @@ def forward_kernel(
     summary = redistribute_summary(combined, BLOCK_ROWS)
 
     # Loss and coefficients.
-    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, gamma, scale, FORM)
     weight = load_weight(weight_ptr, rows.target, rows.kept, dtype)
     denominators = load_denominators(totals_ptr, weight, rows.kept, N_TOTALS, RULE)
-    active = rows.kept | rows.out_of_range
-    ldam, focal = weighted_losses(terms, weight, active, alpha, beta, FORM)
-    coefs = coefs_of(summary, terms, weight, denominators, active, alpha, beta, scale, FORM)
+    options = Options(alpha, beta, gamma, scale)
+    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, options, FORM)
+    coefs = coefs_of(summary, terms, scale, FORM)
     if RULE.per_sample:
-        tl.store(loss_ptr + offsets(rows, out_stride_group, out_stride_row), ldam + focal, mask=rows.exists)
+        tl.store(loss_ptr + offsets(rows, out_stride_group, out_stride_row), terms.ldam + terms.focal, mask=rows.exists)
     else:
-        tl.store(loss_ptr + program, sum_of_rows(ldam, focal, denominators, FORM, RULE))
+        tl.store(loss_ptr + program, sum_of_rows(terms, denominators, FORM, RULE))
     if coefs_ptr is not None:
         store_coefs(coefs_ptr + N_COEFS * offsets(rows, out_stride_group, out_stride_row), coefs, rows.exists)
 
