@@ -141,6 +141,27 @@ def test_second_derivatives_are_refused(device, grad_in_forward):
         gradgradcheck(lambda x: lmf_loss(x, case.target, grad_in_forward=grad_in_forward), (logits,))
 
 
+@pytest.mark.parametrize(
+    ("reduction", "dtype", "in_forward"),
+    [
+        ("sum", torch.float32, True),
+        ("mean", torch.bfloat16, True),
+        ("mean_per_term", torch.float64, True),
+        ("none", torch.float32, False),
+        ("mean", torch.float16, False),
+    ],
+    ids=str,
+)
+def test_when_the_gradient_is_computed_if_nothing_is_said(device, reduction, dtype, in_forward):
+    """What is kept for backward tells: a gradient, or the logits."""
+    case = make_case((33, 7), dtype).to(device)
+    logits = case.logits.requires_grad_()
+    loss = lmf_loss(logits, case.target, reduction=reduction)
+    saved = [tensor for tensor in loss.grad_fn.saved_tensors if tensor is not None and tensor.shape == logits.shape]
+    assert len(saved) == 1
+    assert (saved[0].data_ptr() != logits.data_ptr()) == in_forward
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_no_gradient_where_none_is_wanted(device, context, monkeypatch):
     case = make_case((33, 7), torch.float32).to(device)

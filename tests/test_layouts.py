@@ -58,6 +58,18 @@ def test_dense(device, layout, grad_in_forward, reduction, shape):
     check(make_case(shape, torch.float32, reduction=reduction, weight=weight), layout, device, grad_in_forward)
 
 
+@pairwise(reduction=["mean_per_term", "none"], grad_in_forward=MODES)
+def test_targets_that_are_columns_of_a_wider_map(device, reduction, grad_in_forward):
+    """Their neighbours are two elements apart, and so the samples are several groups."""
+    case = make_case((2, 5, 3, 4), torch.float32, weight=class_weights(5), reduction=reduction)
+    wide = torch.full((2, 3, 9), 99)  # no class: what lies between counts for nothing
+    target = wide[..., :8:2].copy_(case.target)
+    case = Case(case.logits, target, case.margins, case.upstream, case.options).to(device)
+    assert case.target.stride() == (27, 9, 2)
+    loss, grad = evaluate(case, grad_in_forward=grad_in_forward)
+    assert_accurate(case, loss, grad, roundings=2)
+
+
 @pytest.mark.parametrize("n_classes", [1025, 33000])  # beyond one strided tile; beyond one tile of any kind
 @pytest.mark.parametrize("grad_in_forward", MODES)
 def test_many_classes_that_are_not_contiguous(device, n_classes, grad_in_forward):
