@@ -38,7 +38,8 @@ def evaluate(
 ) -> Tensor:
     """The loss of checked arguments, with a graph where the logits want one."""
     logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
-    margins, weight = (None if t is None else checks.without_lazy_bits(t) for t in (margins, weight))
+    margins = None if margins is None else checks.without_lazy_bits(margins)
+    weight = None if weight is None else checks.without_lazy_bits(weight)
     if check_target and backend is fused:  # the plain backend always checks
         checks.check_target(target, logits.shape[class_axis(logits.shape)], options.ignore_index)
     if not (logits.requires_grad and torch.is_grad_enabled()):

@@ -152,8 +152,9 @@ def _evaluate(
     if options.rule.per_sample:
         losses = [_weighted_sum(coefficients, terms) for terms in chunks]
         return torch.cat(losses).resize_(target.shape)  # no view, which autograd would not let a user change in place
-    ldam, focal = (sum(_total(term) for term in terms) for terms in zip(*chunks, strict=True))
-    loss = reduction.sum_of_terms(coefficients, Pair(ldam, focal), denominators)
+    ldam, focal = zip(*chunks, strict=True)
+    sums = Pair(sum(map(_total, ldam)), sum(map(_total, focal)))
+    loss = reduction.sum_of_terms(coefficients, sums, denominators)
     return torch.tensor(loss, dtype=dtype, device=logits.device)
 
 

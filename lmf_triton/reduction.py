@@ -49,7 +49,11 @@ def denominators(rule: Rule, n_samples: int, ignored: Tensor | None, weights: Te
 
 def sum_of_terms(coefficients: Pair, sums: Pair, divided_by: Pair) -> float:
     """The loss from the sums of the two terms. A coefficient of 0 takes a term out, denominator and all."""
-    return sum(c * total / d for c, total, d in zip(coefficients, sums, divided_by, strict=True) if c != 0)
+    loss = 0.0
+    for coefficient, total, denominator in zip(coefficients, sums, divided_by, strict=True):
+        if coefficient != 0:
+            loss += coefficient * total / denominator
+    return loss
 
 
 def sum_of_parts(parts: Tensor) -> Tensor:
