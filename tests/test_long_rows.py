@@ -115,6 +115,14 @@ def test_a_target_out_of_range_spoils_its_own_row_only(path, triton_device):
     assert (grad[2] == 0).all()
 
 
+def test_parts_of_several_blocks(path, triton_device, monkeypatch):
+    """On 8 multiprocessors, 4 programs share a row of 16 blocks of classes; the last block is not full."""
+    if backend._n_multiprocessors(triton_device) > 1:
+        monkeypatch.setattr(backend, "_n_multiprocessors", lambda device: 8)
+    case = make_case((2, 2000), torch.float32, reduction="sum").to(triton_device)
+    assert_accurate(case, *evaluate(case), roundings=2)
+
+
 def test_rows_that_fill_the_device_are_not_shared():
     for n_rows, parts in (1, 4), (8, 4), (64, 4), (66, 2), (67, 1), (4096, 1):
         config = launch.forward_config(1, n_rows, 32769, 4, n_multiprocessors=132)
