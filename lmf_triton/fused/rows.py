@@ -277,22 +277,17 @@ def redistribute_coefs(coefs, m, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def no_others(summary, FORM: tl.constexpr):
-    """Whether a row has no others: C = 1, or all at -inf. Told by a sum, since a maximum overlooks NaN."""
-    return (summary.plain if FORM.plain else summary.scaled) == 0
-
-
-@triton.jit
 def terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, options, FORM: tl.constexpr):
     """Both terms and their slopes, from the gap between the others and the target.
 
-    Without others the gap is -inf. It is NaN where the target is no class, and where x_y is
+    Without others (C = 1, or all at -inf) the gap is -inf. It is NaN where the target is no class, and where x_y is
     infinite and has no softmax. Rows that do not take part are exactly 0, whatever their logits and the denominators.
     """
-    is_alone = no_others(summary, FORM)
-    plain_sum = tl.where(is_alone, 1.0, summary.plain)  # log(1), not log(0): no other value, but fewer registers
-    scaled_sum = tl.where(is_alone, 1.0, summary.scaled)
-    gap = tl.where(is_alone, -float("inf"), summary.max) - x_y
+    # Told by a sum, since a maximum overlooks NaN.
+    no_others = (summary.plain if FORM.plain else summary.scaled) == 0
+    plain_sum = tl.where(no_others, 1.0, summary.plain)  # log(1), not log(0): no other value, but fewer registers
+    scaled_sum = tl.where(no_others, 1.0, summary.scaled)
+    gap = tl.where(no_others, -float("inf"), summary.max) - x_y
     gap = tl.where(rows.out_of_range | (x_y == float("inf")), float("nan"), gap)
     active = rows.kept | rows.out_of_range
     zero = tl.zeros(gap.shape, gap.dtype)
@@ -339,9 +334,9 @@ def coefs_of(summary, terms, scale, FORM: tl.constexpr):
         scaled = scale * terms.ldam_slope
     else:
         plain += terms.ldam_slope
-    is_alone = no_others(summary, FORM)
-    plain_coef = plain / tl.where(is_alone, 1.0, summary.plain)
-    scaled_coef = scaled / tl.where(is_alone, 1.0, summary.scaled)
+    # The largest other's exponential is 1: a sum is less only where there are no others, and its slope is 0.
+    plain_coef = plain / tl.maximum(summary.plain, 1.0)
+    scaled_coef = scaled / tl.maximum(summary.scaled, 1.0)
     return Coefs(origin(summary.max), plain_coef, scaled_coef, plain + scaled)
 
 
