@@ -18,6 +18,8 @@ from benchmarks.gpu.targets import TARGETS, target_lines
 from benchmarks.problems import Problem
 from benchmarks.timing import Row
 
+pytestmark = pytest.mark.slow  # whole commands, and pytest within pytest
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EAGER_CONTENDERS = [contender for contender in CONTENDERS if not contender.compiled]
