@@ -287,7 +287,8 @@ def terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, opti
     no_others = (summary.plain if FORM.plain else summary.scaled) == 0
     plain_sum = tl.where(no_others, 1.0, summary.plain)  # log(1), not log(0): no other value, but fewer registers
     scaled_sum = tl.where(no_others, 1.0, summary.scaled)
-    gap = tl.where(no_others, -float("inf"), summary.max) - x_y
+    # The maximum that the gradient has: a second copy of it would spill.
+    gap = tl.where(no_others, -float("inf"), origin(summary.max)) - x_y
     gap = tl.where(rows.out_of_range | (x_y == float("inf")), float("nan"), gap)
     active = rows.kept | rows.out_of_range
     zero = tl.zeros(gap.shape, gap.dtype)
