@@ -46,7 +46,7 @@ def _check_options(
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r} of type {type(ignore_index).__name__}")
     if not INT64.min <= ignore_index <= INT64.max:
         raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
-    if reduction not in RULES:
+    if not isinstance(reduction, str) or reduction not in RULES:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, RULES))}, got {reduction!r}")
     return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
 

@@ -57,13 +57,13 @@ class _Samples(NamedTuple):
     upstream: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "_Samples":
-        logits, grad, classes, *others = (None if tensor is None else function(tensor) for tensor in self)
+        logits, grad, classes, *rest = (None if tensor is None else function(tensor) for tensor in self)
         assert logits is not None and classes is not None
-        return _Samples(logits, grad, classes, *others)
+        return _Samples(logits, grad, classes, *rest)
 
 
 class _Others(NamedTuple):
-    """The softmax over the classes other than the target. Only the ratio of the two counts."""
+    """The softmax over the classes other than the target, as exps / total; each alone may have any factor."""
 
     exps: Tensor  # proportional to the probabilities, and 0 for the target
     total: Tensor  # their sum, or anything else where there are no others
@@ -161,7 +161,7 @@ def _evaluate(
 def _weighted_sum(coefficients: Pair, terms: _Losses) -> Tensor:
     """The loss of each sample."""
     present = [c * term for c, term in zip(coefficients, terms, strict=True) if term is not None]
-    return present[0] if len(present) == 1 else present[0] + present[1]
+    return sum(present[1:], present[0])
 
 
 def _total(term: Tensor | None) -> float:
@@ -207,8 +207,10 @@ def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Se
         _scale_rows(slope, samples.ignored, samples.upstream)
         results.append(exps.mul_((slope / total).unsqueeze(1)))
         slopes.append(slope)
-    result = results[0] if len(results) == 1 else results[0].add_(results[1])
-    target_grad = slopes[0].neg() if len(slopes) == 1 else slopes[0].neg().sub_(slopes[1])
+    result, target_grad = results[0], slopes[0].neg()
+    for other, slope in zip(results[1:], slopes[1:], strict=True):
+        result.add_(other)
+        target_grad.sub_(slope)
     result.scatter_(1, samples.classes.unsqueeze(1), target_grad.unsqueeze(1))
     if samples.ignored is not None:
         result.masked_fill_(samples.ignored.unsqueeze(1), 0)

@@ -1,4 +1,7 @@
-"""What a reduction needs, once for both backends: by what a mean divides, and how partial sums make the whole.
+"""What a reduction is: by what a mean divides, and how sums make the whole.
+
+``RULES`` holds for both backends. The kernels follow them on the device (``load_denominators`` and ``sum_of_rows`` in
+fused/rows.py), the plain backend by the functions here.
 
 The loss is the sum of two terms, and a mean may divide each by a *total* of its own: the sum of the weights, or the
 number of samples that take part. *Denominators* are the totals that belong to LDAM and to the focal term.

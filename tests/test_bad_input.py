@@ -59,6 +59,7 @@ TARGET = torch.tensor([0, 1, 2, 0])
         ({"ignore_index": 1.5}, TypeError, ["ignore_index", "integer", "1.5"]),
         ({"reduction": "average"}, ValueError, ["'mean_per_term'", "'average'"]),
         ({"reduction": None}, ValueError, ["'mean_per_term'", "None"]),
+        ({"reduction": ["mean"]}, ValueError, ["'mean_per_term'", "['mean']"]),
         ({"grad_in_forward": 1}, TypeError, ["grad_in_forward", "True, False or None", "1"]),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else None,

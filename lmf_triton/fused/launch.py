@@ -2,7 +2,8 @@
 
 Nothing here touches a tensor or a device, so every choice can be tested and compiled on a machine without a GPU. A
 *configuration* is a choice for one kernel: its tile and its warps. A *plan* is all of a kernel's launches for tensors
-of some shapes and strides; plans are kept, since a training loop asks for the same few in every step.
+of some shapes and strides; plans are kept, since a training loop asks for the same few in every step. What a choice
+depends on is an argument, also what it wants to know of the device, as the number of its multiprocessors is now.
 """
 
 import math
@@ -19,8 +20,9 @@ MIN_SHARED_WARPS = 4
 # A warp takes 1024 elements of 4 bytes, 32 a thread: with addresses and masks they stay within 128 registers.
 WARP_ELEMENTS = 1024
 MAX_WARPS = 16
-# Longest row in one tile, by bytes of the arithmetic type; it fills MAX_WARPS warps twice. Longer rows are looped over.
-# For sm_90 triton 3.6 compiles the longest without spilling; 3.9 spills 40 bytes a thread of a tile of 256.
+# Longest row in one tile, by bytes of the arithmetic type: a thread of MAX_WARPS warps has 64 or 16 elements of it.
+# tests/test_compile_targets.py records what the longest spills: at most 64 of a thread's 256 bytes. Longer rows are
+# looped over.
 MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
 # Rows of at most this many classes share a program. Elements of their tile: with 1024, 2048 and 4096 a float32 row of
 # 256 classes takes 552, 384 and 296 instructions of a warp on sm_90 (triton 3.6), while 62%, 50% and 25% of the warps

@@ -55,7 +55,7 @@ class Options(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """LDAM and focal loss of rows, with coefficient and weight; and their slopes, by the denominators as well.
+    """LDAM and focal loss of rows, with coefficient and weight; and their slopes, divided by the denominators too.
 
     A slope is the derivative of a term in its own gap.
     """
@@ -186,18 +186,18 @@ def summarise_loop(
 @triton.jit
 def add_class(lanes, x, scale, FORM: tl.constexpr):
     """The summary of each lane with one more class, whose logit is x."""
-    gap = x - lanes.max
+    rise = x - lanes.max
     is_empty = x == -float("inf")
-    plain = online_sum(lanes.plain, gap, is_empty) if FORM.plain else lanes.plain
-    scaled = online_sum(lanes.scaled, scale * gap, is_empty) if FORM.scaled else lanes.scaled
+    plain = online_sum(lanes.plain, rise, is_empty) if FORM.plain else lanes.plain
+    scaled = online_sum(lanes.scaled, scale * rise, is_empty) if FORM.scaled else lanes.scaled
     return Summary(tl.maximum(lanes.max, x), plain, scaled)
 
 
 @triton.jit
-def online_sum(total, gap, is_empty):
-    """One step of sum(exp(x - max)), given the gap between the new x and the maximum so far."""
-    e = tl.exp(-tl.abs(gap))  # with fast_exp triton 3.9 spills here on sm_100
-    return tl.where(is_empty, total, tl.where(gap > 0, total * e + 1.0, total + e))
+def online_sum(total, rise, is_empty):
+    """One step of sum(exp(x - max)), given by how much the new x is above the maximum so far."""
+    e = tl.exp(-tl.abs(rise))  # with fast_exp triton 3.9 spills here on sm_100
+    return tl.where(is_empty, total, tl.where(rise > 0, total * e + 1.0, total + e))
 
 
 @triton.jit
@@ -227,10 +227,10 @@ def store_summary(summaries_ptr, summary, part, rows, n_rows, CLASS_PARTS: tl.co
 def combine(parts, scale, FORM: tl.constexpr):
     """The summary of each row from those of its parts along axis 1: single classes, lanes, or programs' parts."""
     m = tl.max(parts.max, axis=1)
-    gaps = parts.max - origin(m)[:, None]
+    exponents = parts.max - origin(m)[:, None]
     zero = tl.zeros(m.shape, m.dtype)
-    plain = tl.sum(parts.plain * fast_exp(gaps), axis=1) if FORM.plain else zero
-    scaled = tl.sum(parts.scaled * fast_exp(scale * gaps), axis=1) if FORM.scaled else zero
+    plain = tl.sum(parts.plain * fast_exp(exponents), axis=1) if FORM.plain else zero
+    scaled = tl.sum(parts.scaled * fast_exp(scale * exponents), axis=1) if FORM.scaled else zero
     return Summary(m, plain, scaled)
 
 
@@ -383,12 +383,12 @@ def load_coefs(row_ptrs, upstream, exists):
 @triton.jit
 def gradient(others, offs_c, target, coefs, scale, FORM: tl.constexpr):
     """A tile of the gradient. Where the tile's exponentials are at hand already, the compiler reuses them."""
-    gaps = others - coefs.max[:, None]
-    grad = tl.zeros(gaps.shape, gaps.dtype)
+    exponents = others - coefs.max[:, None]
+    grad = tl.zeros(exponents.shape, exponents.dtype)
     if FORM.plain:
-        grad += coefs.plain[:, None] * fast_exp(gaps)
+        grad += coefs.plain[:, None] * fast_exp(exponents)
     if FORM.scaled:
-        grad += coefs.scaled[:, None] * fast_exp(scale * gaps)
+        grad += coefs.scaled[:, None] * fast_exp(scale * exponents)
     return tl.where(offs_c[None, :] == target[:, None], -coefs.slope[:, None], grad)
 
 

@@ -86,7 +86,7 @@ def forward_kernel(
     summaries_ptr,  # (3, row, BLOCK_CLASSES) from summarise_kernel, in the one tile that combines them; or None
     loss_ptr,  # (group, row) if nothing is reduced, otherwise (program): the sum of its rows
     coefs_ptr, out_stride_group, out_stride_row,  # (group, row, N_COEFS) or None; the strides of loss_ptr too
-    grad_ptr, grad_stride_group, grad_stride_row, grad_stride_class,  # (group, row, class), or None: no gradient now
+    grad_ptr, grad_stride_group, grad_stride_row, grad_stride_class,  # (group, row, class); None: not now, or summaries
     alpha,
     beta,
     gamma,
@@ -99,7 +99,7 @@ def forward_kernel(
     N_TOTALS: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,  # classes of a tile; with summaries, the parts of a row
     CLASS_BLOCKS: tl.constexpr,  # 1: the tile stays in registers between loss and gradient
 ):  # fmt: skip
     """Loss of BLOCK_ROWS rows, with their gradient or the coefficients from which backward_kernel computes it."""
