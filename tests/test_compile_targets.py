@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 # Compiles each different configuration once: what a kernel's loops turn to, and the number of programs, make no other.
 COMPILE = """
-import json, multiprocessing, os, sys
+import json, multiprocessing, os, re, sys
 import torch
 from benchmarks.compiled import LMF, PROBLEMS, TARGETS, compile_launch, recorded_launches, report
 
@@ -41,7 +41,10 @@ def configuration(case, launch):
 def compile_one(item):
     case, launch = item
     compiled = compile_launch(launch, TARGETS[case[2]])
-    return vars(report(compiled)) if case[2] != "gfx942" else {}
+    # Values and types of the constants in Triton's own code.
+    code = compiled.asm["ttir"]
+    constants = re.findall(r"arith.constant (?:dense<)?([-+.e0-9]+)>? : (?:tensor<[0-9x]*)?(f32|f64)", code)
+    return (vars(report(compiled)) if case[2] != "gfx942" else {}) | {"constants": constants}
 
 if __name__ == "__main__":
     items = list(launches())
@@ -210,6 +213,14 @@ def test_no_float64_arithmetic_for_smaller_logits(reports):
     for r in of_nvidia(reports):
         if r["case"][1] != "float64":
             assert count(r, "DADD", "DMUL", "DFMA", "DSETP", "F2F.F64", "F2F.F32.F64", "I2F.F64") == 0
+
+
+def test_options_of_float64_logits_are_not_rounded_to_float32(reports):
+    """They are constants of the kernel then. gamma = 1.5 and scale = 30 stand in it as float64, and not as float32."""
+    r = find(reports, "large_1k_bf16", "float64", "sm_90", False, 30.0)
+    for option in "1.500000e+00", "3.000000e+01":
+        assert [option, "f64"] in r["constants"]
+        assert [option, "f32"] not in r["constants"]
 
 
 def itemsize(r: dict) -> int:

@@ -45,15 +45,6 @@ class Summary(NamedTuple):
     scaled: tl.tensor  # sum of exp(scale * (x_j - max))
 
 
-class Options(NamedTuple):
-    """Of the loss; scalars."""
-
-    alpha: tl.tensor
-    beta: tl.tensor
-    gamma: tl.tensor
-    scale: tl.tensor
-
-
 class Terms(NamedTuple):
     """LDAM and focal loss of rows, with coefficient and weight; and their slopes, divided by the denominators too.
 
@@ -277,11 +268,15 @@ def redistribute_coefs(coefs, m, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, options, FORM: tl.constexpr):
+def terms_and_slopes(
+    summary, x_y, margins_ptr, rows, weight, denominators, alpha, beta, gamma, scale, FORM: tl.constexpr
+):  # fmt: skip
     """Both terms and their slopes, from the gap between the others and the target.
 
     Without others (C = 1, or all at -inf) the gap is -inf. It is NaN where the target is no class, and where x_y is
     infinite and has no softmax. Rows that do not take part are exactly 0, whatever their logits and the denominators.
+
+    The options are no tuple: for float64 logits they are constexprs, which a tuple would round to float32.
     """
     # Told by a sum, since a maximum overlooks NaN.
     no_others = (summary.plain if FORM.plain else summary.scaled) == 0
@@ -295,16 +290,16 @@ def terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, opti
     ldam, ldam_slope, focal, focal_slope = zero, zero, zero, zero
     # One term is weighted before the other begins: fewer values are under way.
     if FORM.has_focal:
-        value, slope = focal_term(gap + tl.log(plain_sum), options.gamma)
-        focal = tl.where(active, options.beta * (weight * value), 0.0)
-        focal_slope = tl.where(active, options.beta * (weight / denominators.focal * slope), 0.0)
+        value, slope = focal_term(gap + tl.log(plain_sum), gamma)
+        focal = tl.where(active, beta * (weight * value), 0.0)
+        focal_slope = tl.where(active, beta * (weight / denominators.focal * slope), 0.0)
     if FORM.has_ldam:
         if margins_ptr is not None:
             gap += tl.load(margins_ptr + rows.target, mask=rows.kept, other=0.0).to(gap.dtype)
-        v = options.scale * gap + tl.log(scaled_sum) if FORM.scaled else gap + tl.log(plain_sum)
+        v = scale * gap + tl.log(scaled_sum) if FORM.scaled else gap + tl.log(plain_sum)
         value, slope = ldam_term(v)
-        ldam = tl.where(active, options.alpha * (weight * value), 0.0)
-        ldam_slope = tl.where(active, options.alpha * (weight / denominators.ldam * slope), 0.0)
+        ldam = tl.where(active, alpha * (weight * value), 0.0)
+        ldam_slope = tl.where(active, alpha * (weight / denominators.ldam * slope), 0.0)
     return Terms(ldam, ldam_slope, focal, focal_slope)
 
 

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from ..rows import (
     N_COEFS,
-    Options,
     coefs_of,
     combine,
     gradient,
@@ -132,8 +131,7 @@ def forward_kernel(
     # Loss and coefficients.
     weight = load_weight(weight_ptr, rows.target, rows.kept, dtype)
     denominators = load_denominators(totals_ptr, weight, rows.kept, N_TOTALS, RULE)
-    options = Options(alpha, beta, gamma, scale)
-    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, options, FORM)
+    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, alpha, beta, gamma, scale, FORM)
     coefs = coefs_of(summary, terms, scale, FORM)
     if RULE.per_sample:
         tl.store(loss_ptr + offsets(rows, out_stride_group, out_stride_row), terms.ldam + terms.focal, mask=rows.exists)
