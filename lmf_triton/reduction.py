@@ -1,7 +1,7 @@
 """What a reduction is: by what a mean divides, and how sums make the whole.
 
 ``RULES`` holds for both backends. The kernels follow them on the device (``load_denominators`` and ``sum_of_rows`` in
-fused/rows.py), the plain backend by the functions here.
+fused/rows.py), the plain backend by ``denominators`` and ``sum_of_terms``.
 
 The loss is the sum of two terms, and a mean may divide each by a *total* of its own: the sum of the weights, or the
 number of samples that take part. *Denominators* are the totals that belong to LDAM and to the focal term.
@@ -40,8 +40,8 @@ class Pair(NamedTuple):
 def denominators(rule: Rule, n_samples: int, ignored: Tensor | None, weights: Tensor | None) -> Pair:
     """What each term is divided by: 1 unless it is a mean, NaN where there is nothing to divide by.
 
-    ``ignored`` and ``weights`` have one value a sample, the weights of ignored ones being 0. The kernels do the same
-    on the device: ``totals_kernel`` and ``load_denominators``.
+    ``ignored`` and ``weights`` have one value a sample, the weights of ignored ones being 0. The kernels have their own,
+    ``totals_kernel`` and ``load_denominators``; where weights cancel to 0, they divide by 0 instead.
     """
     if not rule.is_mean:
         return Pair(1.0, 1.0)
