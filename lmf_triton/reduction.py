@@ -40,8 +40,8 @@ class Pair(NamedTuple):
 def denominators(rule: Rule, n_samples: int, ignored: Tensor | None, weights: Tensor | None) -> Pair:
     """What each term is divided by: 1 unless it is a mean, NaN where there is nothing to divide by.
 
-    ``ignored`` and ``weights`` have one value a sample, the weights of ignored ones being 0. The kernels have their own,
-    ``totals_kernel`` and ``load_denominators``; where weights cancel to 0, they divide by 0 instead.
+    ``ignored`` and ``weights`` have one value a sample, the weights of ignored ones being 0. The kernels have their
+    own, ``totals_kernel`` and ``load_denominators``; where weights cancel to 0, they divide by 0 instead.
     """
     if not rule.is_mean:
         return Pair(1.0, 1.0)
