@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmf_triton.fused import launch
-from lmf_triton.fused.layout import RowLayout, contiguous_strides, row_layout
+from lmf_triton.fused.layout import RowLayout, axes, contiguous_strides, row_layout
 
 
 def offsets(layout: RowLayout, tensor: int) -> list[int]:
@@ -133,6 +133,75 @@ def test_upstream_grid_covers_all_tiles(n_tiles):
     assert n_programs * steps >= n_tiles
     assert n_programs <= launch.MAX_UPSTREAM_PROGRAMS
     assert steps & (steps - 1) == 0
+
+
+def stored(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+
+# Nothing but strides. Sizes divide nothing, or everything; classes are few, and more than fit a tile.
+ELEMENTWISE_LAYOUTS = {
+    "contiguous": stored(301, 1001),
+    "contiguous, short rows": stored(4001, 7),
+    "every second class": stored(301, 2002)[:, ::2],
+    "one row for all": stored(1, 1001).expand(301, 1001),
+    "transposed": stored(1001, 301).t(),
+    "transposed, aligned": stored(1024, 256).t(),
+    "transposed, short rows": stored(7, 4001).t(),
+    "transposed, few rows": stored(40001, 5).t(),
+    "columns of a wider transposed matrix": stored(1001, 333)[:, 10:311].t(),  # the gradient is contiguous
+    "every second row of a transposed matrix": stored(301, 602)[:, ::2].t(),
+    "images": stored(2, 301, 28, 28),
+    "images of odd size": stored(3, 1001, 7, 7),
+    "crops of images": stored(2, 301, 20, 100)[..., 3:93],
+    "channels_last": stored(2, 301, 28, 28).to(memory_format=torch.channels_last),
+}
+
+
+def sectors(plan: launch.Plan, tensor: int) -> tuple[float, int]:
+    """Sectors of 32 bytes that a tensor of 2-byte elements takes, and how many the tiles touch, each for itself.
+
+    Elements that are one and the same count as often as they are read.
+    """
+    align, block_rows, block_classes = (plan.meta.get(name, 1) for name in ("ALIGN", "BLOCK_ROWS", "BLOCK_CLASSES"))
+    group, row, class_ = (stride * unit for stride, unit in zip(plan.strides[tensor], (align, align, 1), strict=True))
+    rows = torch.arange(plan.n_rows).split(block_rows)
+    classes = torch.arange(plan.n_classes * align).split(block_classes)
+    n_groups = (plan.n_items or plan.n_programs) // (len(rows) * len(classes))
+    tiles = [
+        (2 * (start[tensor] + i * group + r[:, None] * row + c * class_) // 32).unique()
+        for start, i, r, c in itertools.product(plan.offsets, range(n_groups), rows, classes)
+    ]
+    n_elements = len(plan.offsets) * n_groups * plan.n_rows * plan.n_classes * align
+    return max(len(torch.cat(tiles).unique()), 2 * n_elements / 32), sum(map(len, tiles))
+
+
+@pytest.mark.parametrize("layout", ELEMENTWISE_LAYOUTS)
+def test_tiles_of_the_elementwise_kernels_are_whole_sectors(layout):
+    """What a tile takes of a sector is not left for many others to read again: nothing is moved more than twice."""
+    logits = ELEMENTWISE_LAYOUTS[layout]
+    of_logits, of_grad = (axes(t.shape, t.stride()) for t in (logits, torch.empty_like(logits)))
+    per_row = contiguous_strides(of_logits.row_shape)
+    coefs = tuple(4 * stride for stride in per_row)
+    backward = launch.plan_backward(of_logits, per_row, coefs, per_row, of_grad, 4)
+    upstream = launch.plan_upstream(of_grad, per_row, 4)
+    for plan, tensor in (backward, 0), (backward, 4), (upstream, 0):
+        n_sectors, touched = sectors(plan, tensor)
+        assert touched <= 2 * n_sectors
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("along_rows", [True, False])
+def test_elementwise_tiles(itemsize, along_rows):
+    for n_rows, n_classes in itertools.product([1, 5, 32, 4096, 2**22], SIZES):
+        config = launch.elementwise_config(n_rows, n_classes, itemsize, along_rows=along_rows)
+        n_elements = config.block_rows * config.block_classes
+        assert n_elements <= launch.ELEMENTWISE_TILE
+        # It is no smaller than that where there is more, and no program has nothing to do.
+        assert n_elements == launch.ELEMENTWISE_TILE or (
+            config.block_rows >= n_rows and config.block_classes >= n_classes
+        )
+        assert config.block_rows < 2 * n_rows and config.block_classes < 2 * n_classes
 
 
 def test_configurations_are_frozen():

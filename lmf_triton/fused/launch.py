@@ -43,8 +43,10 @@ LOOP_TILE = 8192
 # A batch whose tile is at most this big, 16 elements a thread of 4 warps, is one program: its means need no pass over
 # the targets beforehand.
 MAX_SINGLE_PROGRAM_TILE = 2048
-# Tile of the elementwise kernels (backward, upstream).
+# Tile of the elementwise kernels (backward, upstream). Where rows, not classes, are neighbours in memory, it has 64 of
+# them: 128 bytes of half logits, wherever they begin, lie in 5 sectors of 32 bytes, not 4; 16 rows would be 2, not 1.
 ELEMENTWISE_TILE = 4096
+MIN_ADJACENT_ROWS = 64
 # Multiprocessors of the device for which launches are chosen where there is none: compiled and interpreted kernels.
 H100_MULTIPROCESSORS = 132
 # Samples of one step of the pass over the targets, 8 or 16 a thread, and the most programs that share the pass. A step
@@ -116,10 +118,15 @@ def combine_config(config: LaunchConfig, n_rows: int) -> LaunchConfig:
     return LaunchConfig(_next_power_of_2(n_rows), config.class_parts, MIN_SHARED_WARPS)
 
 
-def elementwise_config(n_rows: int, n_classes: int, itemsize: int) -> LaunchConfig:
-    """Tile of ``backward_kernel`` and ``upstream_kernel``, which need not see a row as a whole."""
-    block_classes = min(_next_power_of_2(n_classes), ELEMENTWISE_TILE)
-    block_rows = min(_next_power_of_2(n_rows), ELEMENTWISE_TILE // block_classes)
+def elementwise_config(n_rows: int, n_classes: int, itemsize: int, *, along_rows: bool = False) -> LaunchConfig:
+    """Tile of ``backward_kernel`` and ``upstream_kernel``, which need not see a row as a whole.
+
+    It is filled with classes; ``along_rows``, first with so many rows that either is read in whole sectors.
+    """
+    all_rows = _next_power_of_2(n_rows)
+    min_rows = min(all_rows, MIN_ADJACENT_ROWS) if along_rows else 1
+    block_classes = min(_next_power_of_2(n_classes), ELEMENTWISE_TILE // min_rows)
+    block_rows = min(all_rows, ELEMENTWISE_TILE // block_classes)
     return LaunchConfig(block_rows, block_classes, max(MIN_SHARED_WARPS, _warps(block_rows * block_classes, itemsize)))
 
 
@@ -238,9 +245,11 @@ def plan_backward(
     layout = row_layout(
         logits.row_shape, logits.row_strides, target_strides, coefs_strides, upstream_strides, grad.row_strides
     )
-    config = elementwise_config(layout.n_rows, logits.n_classes, itemsize)
-    n_programs = config.n_programs(layout.n_groups, layout.n_rows, logits.n_classes)
     class_strides = logits.stride_class, None, None, None, grad.stride_class
+    config = elementwise_config(
+        layout.n_rows, logits.n_classes, itemsize, along_rows=_along_rows(layout, class_strides)
+    )
+    n_programs = config.n_programs(layout.n_groups, layout.n_rows, logits.n_classes)
     return _plan(layout, class_strides, logits.n_classes, config, n_programs, aligned=True)
 
 
@@ -248,10 +257,11 @@ def plan_backward(
 def plan_upstream(grad: Axes, upstream_strides: tuple[int, ...], itemsize: int) -> Plan:
     """``upstream_kernel``; tensors are gradient and upstream gradient."""
     layout = row_layout(grad.row_shape, grad.row_strides, upstream_strides)
-    config = elementwise_config(layout.n_rows, grad.n_classes, itemsize)
+    class_strides = grad.stride_class, None
+    config = elementwise_config(layout.n_rows, grad.n_classes, itemsize, along_rows=_along_rows(layout, class_strides))
     n_tiles = config.n_programs(layout.n_groups, layout.n_rows, grad.n_classes)
     n_programs, steps = upstream_grid(n_tiles)
-    plan = _plan(layout, (grad.stride_class, None), grad.n_classes, config, n_programs, aligned=False, STEPS=steps)
+    plan = _plan(layout, class_strides, grad.n_classes, config, n_programs, aligned=False, STEPS=steps)
     return replace(plan, n_items=n_tiles)
 
 
@@ -294,6 +304,12 @@ def _plan(
         for (group, row), stride in zip(layout.strides, class_strides, strict=True)
     )
     return Plan(layout.offsets, strides, layout.n_rows, n_classes // align, n_programs, meta)
+
+
+def _along_rows(layout: RowLayout, class_strides: tuple[int | None, ...]) -> bool:
+    """Whether in one of these tensors the nearest other element in memory is another row's. With 0, it is the same."""
+    strides = zip(layout.strides, class_strides, strict=True)
+    return any(of_class is not None and 0 < row < of_class for (_, row), of_class in strides)
 
 
 def _class_parts(config: LaunchConfig, n_rows: int, n_classes: int, n_multiprocessors: int) -> int:
