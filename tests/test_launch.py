@@ -118,6 +118,29 @@ def test_alignment(sizes, expected):
     assert launch.alignment(*sizes) == expected
 
 
+@pytest.mark.parametrize("along_rows", [True, False])
+@pytest.mark.parametrize("n_multiprocessors", [8, 132])
+def test_every_part_of_a_row_has_classes(along_rows, n_multiprocessors):
+    """As many parts as are wanted, or fewer: but each has a block of classes at least, and together they have all."""
+    n_shared = 0
+    for n_rows, n_classes in itertools.product([1, 3, 8, 33, 64], [*SIZES, 40000, 50257]):
+        logits = axes((n_rows, n_classes), (1, n_rows) if along_rows else (n_classes, 1))
+        forward, summarise = launch.plan_forward(
+            logits, (1,), None, 4, out_per_row=False, two_exponentials=False, n_multiprocessors=n_multiprocessors
+        )
+        if summarise is None:
+            continue
+        n_shared += 1
+        n_parts, part_classes = summarise.n_items, summarise.meta["CLASS_BLOCKS"] * summarise.meta["BLOCK_CLASSES"]
+        assert n_parts > 1
+        assert (n_parts - 1) * part_classes < n_classes <= n_parts * part_classes
+        assert summarise.n_programs == n_parts * launch.cdiv(n_rows, summarise.meta["BLOCK_ROWS"])
+        # They are combined in one tile, whose size is a power of two: few kernels compile.
+        assert forward.n_items == n_parts
+        assert n_parts <= forward.meta["BLOCK_CLASSES"] < 2 * n_parts
+    assert n_shared > 0
+
+
 @pytest.mark.parametrize("n_samples", [1, 1024, 1025, 10**6, 2**22, 10**9])
 def test_totals_grid_covers_all_samples(n_samples):
     grid = launch.totals_grid(n_samples)

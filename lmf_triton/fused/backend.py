@@ -156,7 +156,7 @@ def _summaries(plan: launch.Plan, inputs: Inputs, options: LossOptions) -> Tenso
     """``(3, rows, parts)``: the summary of each part of each row, for one group of rows."""
     (_, *logits_strides), (_, target_stride), *_ = plan.strides
     dtype = arithmetic_dtype(inputs.logits)
-    summaries = inputs.logits.new_empty((len(Summary._fields), plan.n_rows, plan.meta["CLASS_PARTS"]), dtype=dtype)
+    summaries = inputs.logits.new_empty((len(Summary._fields), plan.n_rows, plan.n_items), dtype=dtype)
     _launch(
         index.summarise_kernel,
         plan,
@@ -169,6 +169,7 @@ def _summaries(plan: launch.Plan, inputs: Inputs, options: LossOptions) -> Tenso
         options.ignore_index,
         plan.n_rows,
         plan.n_classes,
+        plan.n_items,
         FORM=_form(options),
     )
     return summaries
@@ -205,6 +206,7 @@ def _launch_forward(
             options.ignore_index,
             plan.n_rows,
             plan.n_classes,
+            plan.n_items,
             FORM=_form(options),
             RULE=options.rule,
             N_TOTALS=1 if totals is None else totals.shape[1],

@@ -115,7 +115,7 @@ def forward_config(
 
 def combine_config(config: LaunchConfig, n_rows: int) -> LaunchConfig:
     """Tile of ``forward_kernel`` where ``summarise_kernel`` went before: the summaries of all parts of all rows."""
-    return LaunchConfig(_next_power_of_2(n_rows), config.class_parts, MIN_SHARED_WARPS)
+    return LaunchConfig(_next_power_of_2(n_rows), _next_power_of_2(config.class_parts), MIN_SHARED_WARPS)
 
 
 def elementwise_config(n_rows: int, n_classes: int, itemsize: int, *, along_rows: bool = False) -> LaunchConfig:
@@ -171,7 +171,7 @@ class Plan:
     n_classes: int  # see _plan
     n_programs: int  # of one launch
     meta: Mapping[str, int]  # the kernel's constexprs that are sizes, and num_warps
-    n_items: int = 0  # what the programs share, in kernels that count it: all samples, or all tiles
+    n_items: int = 0  # what programs share, in kernels that count it: all samples, all tiles, or the parts of a row
 
 
 class ForwardPlan(NamedTuple):
@@ -227,8 +227,8 @@ def plan_forward(
     if parts == 1:
         return ForwardPlan(plan(config, n_programs, CLASS_BLOCKS=class_blocks), None)
     return ForwardPlan(
-        plan(combine_config(config, layout.n_rows), 1, CLASS_BLOCKS=1),
-        plan(config, parts * n_programs, CLASS_BLOCKS=cdiv(class_blocks, parts), CLASS_PARTS=parts),
+        replace(plan(combine_config(config, layout.n_rows), 1, CLASS_BLOCKS=1), n_items=parts),
+        replace(plan(config, parts * n_programs, CLASS_BLOCKS=cdiv(class_blocks, parts)), n_items=parts),
     )
 
 
@@ -313,14 +313,15 @@ def _along_rows(layout: RowLayout, class_strides: tuple[int | None, ...]) -> boo
 
 
 def _class_parts(config: LaunchConfig, n_rows: int, n_classes: int, n_multiprocessors: int) -> int:
-    """Programs for the classes of a row, a power of two: 1 where the rows alone fill half the device."""
+    """Programs that share the classes of a row, each with some: 1 where the rows alone fill half the device."""
     class_blocks = cdiv(n_classes, config.block_classes)
     n_programs = config.n_programs(1, n_rows)
     if class_blocks == 1 or 2 * n_programs > n_multiprocessors:
         return 1
     wanted = _next_power_of_2(cdiv(n_multiprocessors, n_programs))
-    one_tile = MAX_SINGLE_PROGRAM_TILE // _next_power_of_2(n_rows)
-    return max(1, min(wanted, _next_power_of_2(class_blocks), one_tile))
+    one_tile = max(1, MAX_SINGLE_PROGRAM_TILE // _next_power_of_2(n_rows))
+    blocks_per_part = cdiv(class_blocks, min(wanted, one_tile))
+    return cdiv(class_blocks, blocks_per_part)
 
 
 def _warps(n_elements: int, itemsize: int) -> int:

@@ -192,11 +192,12 @@ def online_sum(total, rise, is_empty):
 
 
 @triton.jit
-def load_summaries(summaries_ptr, rows, n_rows, CLASS_PARTS: tl.constexpr):
+def load_summaries(summaries_ptr, rows, n_rows, n_parts, BLOCK_PARTS: tl.constexpr):
     """The summaries that summarise_kernel has stored, of each part of each row."""
-    ptrs = summaries_ptr + (rows.index * CLASS_PARTS)[:, None] + tl.arange(0, CLASS_PARTS)[None, :]
-    stride_field = n_rows * CLASS_PARTS
-    exists = rows.exists[:, None]
+    parts = tl.arange(0, BLOCK_PARTS)
+    ptrs = summaries_ptr + (rows.index * n_parts)[:, None] + parts[None, :]
+    stride_field = n_rows * n_parts
+    exists = tile_mask(rows.exists, parts, n_parts)
     return Summary(
         tl.load(ptrs, mask=exists, other=-float("inf")),
         tl.load(ptrs + stride_field, mask=exists, other=0.0),
@@ -205,10 +206,10 @@ def load_summaries(summaries_ptr, rows, n_rows, CLASS_PARTS: tl.constexpr):
 
 
 @triton.jit
-def store_summary(summaries_ptr, summary, part, rows, n_rows, CLASS_PARTS: tl.constexpr):
+def store_summary(summaries_ptr, summary, part, rows, n_rows, n_parts):
     """One part's summary of each row, where load_summaries looks for it."""
-    ptrs = summaries_ptr + rows.index * CLASS_PARTS + part
-    stride_field = n_rows * CLASS_PARTS
+    ptrs = summaries_ptr + rows.index * n_parts + part
+    stride_field = n_rows * n_parts
     tl.store(ptrs, summary.max, mask=rows.exists)
     tl.store(ptrs + stride_field, summary.plain, mask=rows.exists)
     tl.store(ptrs + 2 * stride_field, summary.scaled, mask=rows.exists)

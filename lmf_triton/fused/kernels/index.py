@@ -49,14 +49,14 @@ from ..rows import (
 def summarise_kernel(
     logits_ptr, logits_stride_row, logits_stride_class,  # (row, class)
     target_ptr, target_stride_row,  # (row), any integer type
-    summaries_ptr,  # (3, row, CLASS_PARTS): the fields of a Summary
+    summaries_ptr,  # (3, row, part): the fields of a Summary
     scale,
     ignore_index,
     n_rows,
     n_classes,  # this and the strides of rows of logits in units of ALIGN elements
+    n_parts,  # of each row
     FORM: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
-    CLASS_PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr,  # of one part
@@ -64,15 +64,15 @@ def summarise_kernel(
     """The first step alone, for a part of the classes, where there are too few rows to fill the device."""
     dtype: tl.constexpr = summaries_ptr.dtype.element_ty
     n_classes = ALIGN * n_classes
-    part = tl.program_id(0) % CLASS_PARTS
-    block = tl.program_id(0) // CLASS_PARTS
+    part = tl.program_id(0) % n_parts
+    block = tl.program_id(0) // n_parts
     rows = load_rows(block, target_ptr, 0, target_stride_row, n_rows, n_classes, ignore_index, BLOCK_ROWS)
     row_ptrs = logits_ptr + ALIGN * offsets(rows, 0, logits_stride_row)
     lanes = summarise_loop(
         row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM, BLOCK_ROWS,
         BLOCK_CLASSES, CLASS_BLOCKS,
     )  # fmt: skip
-    store_summary(summaries_ptr, combine(lanes, scale, FORM), part, rows, n_rows, CLASS_PARTS)
+    store_summary(summaries_ptr, combine(lanes, scale, FORM), part, rows, n_rows, n_parts)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def forward_kernel(
     margins_ptr,  # (class) or None
     weight_ptr,  # (class) or None
     totals_ptr,  # (2, N_TOTALS) from totals_kernel; None: no mean, or this one tile holds all rows
-    summaries_ptr,  # (3, row, BLOCK_CLASSES) from summarise_kernel, in the one tile that combines them; or None
+    summaries_ptr,  # (3, row, part) from summarise_kernel, in the one tile that combines them; or None
     loss_ptr,  # (group, row) if nothing is reduced, otherwise (program): the sum of its rows
     coefs_ptr, out_stride_group, out_stride_row,  # (group, row, N_COEFS) or None; the strides of loss_ptr too
     grad_ptr, grad_stride_group, grad_stride_row, grad_stride_class,  # (group, row, class); None: not now, or summaries
@@ -93,6 +93,7 @@ def forward_kernel(
     ignore_index,
     n_rows,
     n_classes,  # this and the strides of groups and rows of logits and gradient in units of ALIGN elements
+    n_parts,  # of each row, with summaries
     FORM: tl.constexpr,  # which terms, and which exponentials they need
     RULE: tl.constexpr,  # of the reduction
     N_TOTALS: tl.constexpr,
@@ -114,7 +115,7 @@ def forward_kernel(
 
     # Summarise.
     if summaries_ptr is not None:
-        parts = load_summaries(summaries_ptr, rows, n_rows, BLOCK_CLASSES)
+        parts = load_summaries(summaries_ptr, rows, n_rows, n_parts, BLOCK_CLASSES)
     elif CLASS_BLOCKS == 1:
         others = load_others(row_ptrs, offs_c, logits_stride_class, rows, n_classes, dtype, EVICTION="")
         parts = summarise_tile(others, FORM)
