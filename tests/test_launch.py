@@ -213,6 +213,21 @@ def test_tiles_of_the_elementwise_kernels_are_whole_sectors(layout):
         assert touched <= 2 * n_sectors
 
 
+def test_every_plan_says_what_divides_classes_and_strides():
+    """Triton would load single elements where it is 8, of rows of 1000 as of the 45000 elements of a dense gradient."""
+    rows, dense = axes((300, 1000), (1000, 1)), axes((45000,), (1,))
+    plans = [
+        launch.plan_forward(
+            rows, (1,), rows, 4, out_per_row=False, two_exponentials=False, n_multiprocessors=132
+        ).forward,
+        launch.plan_backward(rows, (1,), (4,), (0,), rows, 4),
+        launch.plan_upstream(rows, (1,), 4),
+        launch.plan_upstream(dense, (), 4),
+    ]
+    assert [(plan.meta["ALIGN"], plan.n_classes) for plan in plans] == [(8, 125)] * 3 + [(8, 5625)]
+    assert all(plan.strides[0][1] == 125 for plan in plans[:3])
+
+
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("along_rows", [True, False])
 def test_elementwise_tiles(itemsize, along_rows):

@@ -221,7 +221,7 @@ def plan_forward(
     layout, config = choose(logits.row_strides)
     if out_per_row or config.class_parts > 1:
         layout, config = choose(contiguous_strides(logits.row_shape))
-    plan = partial(_plan, layout, (logits.stride_class, None, None, grad.stride_class), n_classes, aligned=True)
+    plan = partial(_plan, layout, (logits.stride_class, None, None, grad.stride_class), n_classes)
     n_programs = config.n_programs(layout.n_groups, layout.n_rows)
     class_blocks, parts = cdiv(n_classes, config.block_classes), config.class_parts
     if parts == 1:
@@ -250,7 +250,7 @@ def plan_backward(
         layout.n_rows, logits.n_classes, itemsize, along_rows=_along_rows(layout, class_strides)
     )
     n_programs = config.n_programs(layout.n_groups, layout.n_rows, logits.n_classes)
-    return _plan(layout, class_strides, logits.n_classes, config, n_programs, aligned=True)
+    return _plan(layout, class_strides, logits.n_classes, config, n_programs)
 
 
 @lru_cache(maxsize=4096)
@@ -261,7 +261,7 @@ def plan_upstream(grad: Axes, upstream_strides: tuple[int, ...], itemsize: int) 
     config = elementwise_config(layout.n_rows, grad.n_classes, itemsize, along_rows=_along_rows(layout, class_strides))
     n_tiles = config.n_programs(layout.n_groups, layout.n_rows, grad.n_classes)
     n_programs, steps = upstream_grid(n_tiles)
-    plan = _plan(layout, class_strides, grad.n_classes, config, n_programs, aligned=False, STEPS=steps)
+    plan = _plan(layout, class_strides, grad.n_classes, config, n_programs, STEPS=steps)
     return replace(plan, n_items=n_tiles)
 
 
@@ -282,23 +282,21 @@ def _plan(
     n_classes: int,
     config: LaunchConfig,
     n_programs: int,
-    *,
-    aligned: bool,
     **meta: int,
 ) -> Plan:
     """``class_strides`` has None for tensors without classes.
 
-    ``aligned``: the kernel has ALIGN, and takes the classes and the strides of groups and rows in units of it.
+    The kernels take the number of classes, and the strides of groups and rows of tensors that have them, in units of
+    ALIGN elements.
     """
+    with_classes = (each for each, stride in zip(layout.strides, class_strides, strict=True) if stride is not None)
+    align = alignment(n_classes, *chain.from_iterable(with_classes))
     meta |= {
+        "ALIGN": align,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_CLASSES": config.block_classes,
         "num_warps": config.num_warps,
     }
-    align = 1
-    if aligned:
-        of_logits = (each for each, stride in zip(layout.strides, class_strides, strict=True) if stride is not None)
-        align = meta["ALIGN"] = alignment(n_classes, *chain.from_iterable(of_logits))
     strides = tuple(
         (group, row) if stride is None else (group // align, row // align, stride)
         for (group, row), stride in zip(layout.strides, class_strides, strict=True)

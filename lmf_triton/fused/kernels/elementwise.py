@@ -45,8 +45,9 @@ def upstream_kernel(
     out_ptr,  # (group, row, class), strides of grad_ptr
     n_tiles,
     n_rows,
-    n_classes,
+    n_classes,  # this and the strides of groups and rows of the gradient in units of ALIGN elements
     IN_PLACE: tl.constexpr,  # out_ptr is grad_ptr
+    ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to move several classes at once
     STEPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
@@ -55,6 +56,7 @@ def upstream_kernel(
 
     A program takes STEPS tiles: where nothing is to be done, starting one for each would be what costs.
     """
+    n_classes = ALIGN * n_classes
     class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
     row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
     for step in range(STEPS):
@@ -68,7 +70,8 @@ def upstream_kernel(
         upstream = tl.load(upstream_ptrs, mask=row_mask, other=1.0)
         n_changed = tl.sum((upstream != 1.0).to(tl.int32))
         if (n_changed > 0) or not IN_PLACE:
-            offs = tile_ptrs(group * grad_stride_group + rows * grad_stride_row, cols, grad_stride_class)
+            row_offs = ALIGN * (group * grad_stride_group + rows * grad_stride_row)
+            offs = tile_ptrs(row_offs, cols, grad_stride_class)
             mask = tile_mask(row_mask, cols, n_classes)
             grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(upstream.dtype)
             # 0 stays 0, also where it is an ignored sample's and its upstream gradient is infinite.
