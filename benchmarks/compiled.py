@@ -30,7 +30,7 @@ from benchmarks.measure import format_table
 from benchmarks.problems import PROBLEMS, Problem
 from lmf_triton.fused import backend
 from lmf_triton.fused.kernels import elementwise, index
-from lmf_triton.fused.launch import H100_MULTIPROCESSORS
+from lmf_triton.fused.launch import Device
 from lmf_triton.options import LossOptions
 
 TARGETS = {
@@ -38,6 +38,13 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# A device of each target, for which launches are chosen: A100, H100, B200 and MI300X.
+DEVICES = {
+    "sm_80": Device(108, (8, 0), backend.TRITON_VERSION),
+    "sm_90": backend.H100,
+    "sm_100": Device(148, (10, 0), backend.TRITON_VERSION),
+    "gfx942": Device(304, None, backend.TRITON_VERSION),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Of the targets, for estimated occupancy: 32-bit registers, threads, and bytes of shared memory of a multiprocessor.
@@ -48,7 +55,7 @@ SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 # An H100 SXM: bytes a second of a copy as published by its users; clock, and what each of its multiprocessors starts
 # per clock: instructions of a warp, and special functions of a thread.
 H100_COPY, H100_HERTZ, WARP_INSTRUCTIONS, SPECIAL_FUNCTIONS = 3.0e12, 1.755e9, 4, 16
-H100_CLOCKS = H100_MULTIPROCESSORS * H100_HERTZ  # a second, of all of them
+H100_CLOCKS = backend.H100.n_multiprocessors * H100_HERTZ  # a second, of all of them
 
 # SASS mnemonics by what they use. What is left is control flow, predicates and moves.
 INSTRUCTION_MIX = {
@@ -79,6 +86,11 @@ class Launch:
         return self.options.get("num_warps", 4)
 
     @property
+    def n_ctas(self) -> int:
+        """Thread blocks: several for each program that spans a cluster."""
+        return self.n_programs * self.options.get("num_ctas", 1)
+
+    @property
     def turns(self) -> int:
         """How often the kernel's loop turns, 1 without one."""
         return math.prod(self.arguments.get(name, 1) for name in ("CLASS_BLOCKS", "STEPS"))
@@ -99,7 +111,8 @@ class Launch:
 
     def __str__(self) -> str:
         blocks = [self.arguments[f"BLOCK_{axis}"] for axis in ("ROWS", "CLASSES") if f"BLOCK_{axis}" in self.arguments]
-        return f"{self.kernel.removesuffix('_kernel')} {'x'.join(map(str, blocks))}/{self.num_warps}w"
+        name = f"{self.kernel.removesuffix('_kernel')} {'x'.join(map(str, blocks))}/{self.num_warps}w"
+        return name if self.n_ctas == self.n_programs else f"{name} on {self.n_ctas // self.n_programs}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,12 @@ class Report:
 
 
 def recorded_launches(
-    problem: Problem, options: LossOptions = LMF, *, dtype: torch.dtype | None = None, recompute: bool = False
+    problem: Problem,
+    options: LossOptions = LMF,
+    *,
+    dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    device: Device = backend.H100,
 ) -> list[Launch]:
     """The launches of one forward and backward, in order, recorded on meta tensors."""
     dtype = dtype or problem.dtype
@@ -161,7 +179,9 @@ def recorded_launches(
         return kernel, Recorder()
 
     originals = {}
+    launch_device = backend._launch_device
     try:
+        backend._launch_device = lambda _: device
         for name in KERNELS:
             originals[name], stand_in = recorder(name)
             setattr(KERNELS[name], name, stand_in)
@@ -171,6 +191,7 @@ def recorded_launches(
         else:
             backend.apply_upstream(*kept, torch.empty_like(loss), in_place=True)
     finally:
+        backend._launch_device = launch_device
         for name, kernel in originals.items():
             setattr(KERNELS[name], name, kernel)
     return launches
@@ -214,7 +235,7 @@ def h100_seconds(launch: Launch, report: Report) -> dict[str, float]:
     """Estimates of a launch's time on an H100: of its bytes, its special functions, and all its instructions."""
     if launch.kernel == "upstream_kernel":  # with an upstream gradient of 1, only the check is done
         return {"bytes": 0.0, "special": 0.0, "instructions": 0.0}
-    warps = launch.n_programs * launch.num_warps * launch.turns
+    warps = launch.n_ctas * launch.num_warps * launch.turns
     return {
         "bytes": launch.bytes_moved / H100_COPY,
         "special": warps * 32 * report.count("MUFU") / (SPECIAL_FUNCTIONS * H100_CLOCKS),
@@ -247,7 +268,7 @@ def table_row(problem: Problem, launch: Launch, report: Report, target: str) -> 
 
 HEADER = (
     "problem",
-    "launch: rows x classes / warps",
+    "launch: rows x classes / warps on CTAs",
     "programs",
     "registers",
     "spill bytes",
@@ -274,7 +295,9 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     lines = []
     for problem in map(PROBLEMS.get, arguments.problems):
-        for launch in recorded_launches(problem, dtype=dtype, recompute=arguments.recompute):
+        for launch in recorded_launches(
+            problem, dtype=dtype, recompute=arguments.recompute, device=DEVICES[arguments.target]
+        ):
             compiled = compile_launch(launch, TARGETS[arguments.target])
             lines.append(table_row(problem, launch, report(compiled), arguments.target))
     print(format_table(HEADER, lines))

@@ -83,32 +83,103 @@ def test_contiguous_strides(shape):
 SIZES = [1, 2, 7, 8, 19, 150, 256, 257, 1000, 1024, 8192, 8193, 32768, 32769, 262144, 1_000_000]
 
 
+A100, H100 = launch.Device(108, (8, 0), (3, 9)), launch.Device(132, (9, 0), (3, 9))
+
+
+def is_power_of_2(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("class_contiguous", [True, False])
 @pytest.mark.parametrize("two", [True, False])
-def test_forward_tiles(itemsize, class_contiguous, two):
+@pytest.mark.parametrize("device", [A100, H100], ids=["A100", "H100"])
+def test_forward_blocks(itemsize, class_contiguous, two, device):
     for n_rows, n_classes, n_groups in itertools.product([1, 5, 32, 4096, 2**22], SIZES, [1, 8]):
         config = launch.forward_config(
-            n_groups, n_rows, n_classes, itemsize, class_contiguous=class_contiguous, two_exponentials=two
+            n_groups, n_rows, n_classes, itemsize, device, class_contiguous=class_contiguous, two_exponentials=two
         )
-        sizes = config.block_rows, config.block_classes, config.num_warps
-        assert all(size & (size - 1) == 0 for size in sizes)
+        tile, rest = divmod(config.block_classes, config.class_tiles)
+        assert rest == 0
+        assert all(map(is_power_of_2, (config.block_rows, tile, config.num_warps, config.num_ctas)))
         assert 1 <= config.num_warps <= launch.MAX_WARPS
+        assert config.num_ctas == 1 or (config.num_ctas <= device.max_ctas and class_contiguous)
         # No thread holds more than 64 values of 4 bytes, beyond which registers spill.
-        assert config.block_rows * config.block_classes * itemsize <= config.num_warps * 32 * 64 * 4
+        n_threads = 32 * config.num_warps * config.num_ctas
+        assert config.block_rows * config.block_classes * itemsize <= n_threads * 64 * 4
         assert config.n_programs(n_groups, n_rows) * config.block_rows >= n_groups * n_rows
-        if class_contiguous and n_classes <= launch.MAX_ONE_TILE_CLASSES[itemsize] // (1 + two):
+        if class_contiguous and n_classes <= launch.MAX_CTA_CLASSES[itemsize] // (1 + two) * device.max_ctas:
             assert config.block_classes >= n_classes  # one pass over the logits
+            assert config.block_classes - tile < n_classes  # no tile of padding
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton_version", "max_ctas"),
+    [
+        ((9, 0), (3, 9), 8),
+        ((9, 0), (3, 10), 8),
+        ((9, 0), (4, 0), 8),
+        ((10, 3), (3, 9), 8),
+        ((9, 0), (3, 8), 1),  # this Triton leaves a barrier out
+        ((8, 0), (3, 9), 1),
+        ((8, 9), (3, 9), 1),
+        ((12, 0), (3, 9), 1),  # not tried
+        (None, (3, 9), 1),  # AMD
+    ],
+)
+def test_which_devices_have_clusters(capability, triton_version, max_ctas):
+    assert launch.Device(132, capability, triton_version).max_ctas == max_ctas
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "two", "num_ctas"),
+    [
+        (16384, False, 1),
+        (16385, False, 2),  # half of the registers of two multiprocessors, not all of one's
+        (32769, False, 4),
+        (65537, False, 8),
+        (131073, False, 8),
+        (262144, False, 8),
+        (262145, False, 1),  # looped over
+        (131072, True, 8),
+        (131073, True, 1),
+    ],
+)
+def test_clusters_hold_long_rows(n_classes, two, num_ctas):
+    """As many multiprocessors as hold the row in half of their registers, or else in all of eight's."""
+    for n_rows in 1, 16, 4096:
+        config = launch.forward_config(1, n_rows, n_classes, 4, H100, two_exponentials=two)
+        assert config.num_ctas == num_ctas
+        if num_ctas > 1:
+            assert config.class_parts == 1  # a cluster a row: few rows need no second kernel
+            assert config.num_warps == (8 if n_classes * (1 + two) <= 131072 else 16)
 
 
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(32, 7), (32, 8), (256, 8), (1, 1000), (128, 10)])
 def test_tiny_batches_are_one_program(n_rows, n_classes):
-    assert launch.forward_config(1, n_rows, n_classes, 4).n_programs(1, n_rows) == 1
+    assert launch.forward_config(1, n_rows, n_classes, 4, H100).n_programs(1, n_rows) == 1
 
 
 def test_short_rows_share_a_program_and_long_rows_do_not():
-    assert launch.forward_config(1, 2**22, 7, 4).block_rows > 1
-    assert launch.forward_config(1, 4096, 32768, 4).block_rows == 1
+    assert launch.forward_config(1, 2**22, 7, 4, H100).block_rows > 1
+    assert launch.forward_config(1, 4096, 16384, 4, H100).block_rows == 1
+
+
+@pytest.mark.parametrize("n_classes", [8, 32, 128, 512])
+def test_short_rows_fill_the_device_first(n_classes):
+    """A program has fewer rows than it could, down to a quarter, where multiprocessors would have none."""
+    most = launch.SHORT_ROWS_ELEMENTS // n_classes
+    for n_rows in 300, 3000, 30000, 300000:
+        config = launch.forward_config(1, n_rows, n_classes, 4, H100)
+        assert most // 4 <= config.block_rows <= most
+        fills = config.n_programs(1, n_rows) >= H100.n_multiprocessors // 2
+        assert config.block_rows == most if n_rows == 300000 else fills or config.block_rows == most // 4
+
+
+@pytest.mark.parametrize(("n_classes", "n_rows"), [(2, 512), (19, 256), (21, 128), (32, 128)])
+def test_few_strided_classes_are_not_padded(n_classes, n_rows):
+    config = launch.forward_config(8, 2**18, n_classes, 4, H100, class_contiguous=False)
+    assert (config.block_rows, config.block_classes, config.class_tiles) == (n_rows, n_classes, n_classes)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +193,12 @@ def test_alignment(sizes, expected):
 @pytest.mark.parametrize("n_multiprocessors", [8, 132])
 def test_every_part_of_a_row_has_classes(along_rows, n_multiprocessors):
     """As many parts as are wanted, or fewer: but each has a block of classes at least, and together they have all."""
+    device = launch.Device(n_multiprocessors, (8, 0), (3, 9))
     n_shared = 0
     for n_rows, n_classes in itertools.product([1, 3, 8, 33, 64], [*SIZES, 40000, 50257]):
         logits = axes((n_rows, n_classes), (1, n_rows) if along_rows else (n_classes, 1))
         forward, summarise = launch.plan_forward(
-            logits, (1,), None, 4, out_per_row=False, two_exponentials=False, n_multiprocessors=n_multiprocessors
+            logits, (1,), None, 4, out_per_row=False, two_exponentials=False, device=device
         )
         if summarise is None:
             continue
@@ -217,9 +289,7 @@ def test_every_plan_says_what_divides_classes_and_strides():
     """Triton would load single elements where it is 8, of rows of 1000 as of the 45000 elements of a dense gradient."""
     rows, dense = axes((300, 1000), (1000, 1)), axes((45000,), (1,))
     plans = [
-        launch.plan_forward(
-            rows, (1,), rows, 4, out_per_row=False, two_exponentials=False, n_multiprocessors=132
-        ).forward,
+        launch.plan_forward(rows, (1,), rows, 4, out_per_row=False, two_exponentials=False, device=A100).forward,
         launch.plan_backward(rows, (1,), (4,), (0,), rows, 4),
         launch.plan_upstream(rows, (1,), 4),
         launch.plan_upstream(dense, (), 4),

@@ -9,28 +9,49 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import HAS_GPU
 from oracle import assert_accurate, class_weights, evaluate, make_case
 
 from lmf_triton import lmf_loss
 from lmf_triton.fused import backend, launch
+from lmf_triton.fused.kernels import index
 
 TILE = 128
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(params=["loop", "parts"])
-def path(request, monkeypatch):
-    """Rows of more than 128 classes do not fit a tile. On one multiprocessor no row is shared; on 132, all are here."""
-    monkeypatch.setattr(launch, "MAX_ONE_TILE_CLASSES", {4: TILE, 8: TILE})
+@pytest.fixture(params=["loop", "parts", "cluster"])
+def path(request, monkeypatch, triton_device):
+    """Rows of more than 128 classes do not fit a multiprocessor.
+
+    On one multiprocessor no row is shared; on 132, all are here; a cluster of up to 8 holds 2048 classes.
+    """
+    of_device = backend._launch_device(triton_device)
+    if request.param == "cluster" and HAS_GPU and of_device.max_ctas == 1:
+        pytest.skip("this device, or this version of Triton, has no clusters")
+    most = 2 * TILE if request.param == "cluster" else TILE
+    monkeypatch.setattr(launch, "MAX_CTA_CLASSES", {4: most, 8: most})
     monkeypatch.setattr(launch, "MAX_SINGLE_PROGRAM_TILE", 2 * TILE)
-    monkeypatch.setattr(launch, "LOOP_TILE", TILE)
-    monkeypatch.setattr(backend, "_n_multiprocessors", lambda device: 1 if request.param == "loop" else 132)
+    monkeypatch.setattr(launch, "MAX_SHORT_CLASSES", TILE)
+    monkeypatch.setattr(launch, "WARP_TILE_CLASSES", 8)
+    monkeypatch.setattr(launch, "LOOP_CLASSES", {4: TILE, 8: TILE})
+    devices = {
+        "loop": replace(of_device, n_multiprocessors=1, capability=(8, 0)),
+        "parts": replace(of_device, n_multiprocessors=132, capability=(8, 0)),
+        "cluster": of_device if HAS_GPU else launch.Device(132, (9, 0), (3, 9)),
+    }
+    monkeypatch.setattr(backend, "_launch_device", lambda _: devices[request.param])
     launch.plan_forward.cache_clear()
     summaries = mock.Mock(wraps=backend._summaries)
     monkeypatch.setattr(backend, "_summaries", summaries)
+    launched = mock.Mock(wraps=backend._launch)
+    monkeypatch.setattr(backend, "_launch", launched)
     yield
     launch.plan_forward.cache_clear()
+    plans = [call.args[1] for call in launched.call_args_list if call.args[0] is index.forward_kernel]
     assert summaries.called == (request.param == "parts")
+    assert all((plan.meta["num_ctas"] > 1) == (request.param == "cluster") for plan in plans)
+    assert all((plan.meta["CLASS_BLOCKS"] > 1) == (request.param == "loop") for plan in plans)
 
 
 @pytest.mark.parametrize("n_classes", [129, 600])  # one class more than fits a tile; parts that do not come out even
@@ -115,17 +136,19 @@ def test_a_target_out_of_range_spoils_its_own_row_only(path, triton_device):
     assert (grad[2] == 0).all()
 
 
-def test_parts_of_several_blocks(path, triton_device, monkeypatch):
-    """On 8 multiprocessors, 4 programs share a row of 16 blocks of classes; the last block is not full."""
-    if backend._n_multiprocessors(triton_device) > 1:
-        monkeypatch.setattr(backend, "_n_multiprocessors", lambda device: 8)
-    case = make_case((2, 2000), torch.float32, reduction="sum").to(triton_device)
+def test_steps_of_several_blocks(path, triton_device, monkeypatch):
+    """On 8 multiprocessors, 4 programs share a row of 8 blocks of classes; the last block is not full."""
+    device = backend._launch_device(triton_device)
+    if device.max_ctas == 1 and device.n_multiprocessors > 1:
+        monkeypatch.setattr(backend, "_launch_device", lambda _: replace(device, n_multiprocessors=8))
+    case = make_case((2, 1000), torch.float32, reduction="sum").to(triton_device)
     assert_accurate(case, *evaluate(case), roundings=2)
 
 
 def test_rows_that_fill_the_device_are_not_shared():
+    device = launch.Device(132, (8, 0), (3, 9))
     for n_rows, parts in (1, 5), (8, 5), (64, 3), (66, 2), (67, 1), (4096, 1):  # of 5 blocks of classes
-        config = launch.forward_config(1, n_rows, 32769, 4, n_multiprocessors=132)
+        config = launch.forward_config(1, n_rows, 32769, 4, device)
         assert config.class_parts == parts
         if config.class_parts > 1:
             tile = launch.combine_config(config, n_rows)

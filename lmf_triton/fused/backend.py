@@ -24,6 +24,10 @@ INTERPRETED = not isinstance(index.forward_kernel, triton.JITFunction)
 # Triton 3.10 is to change the default of this one. Results are within the tests' bounds either way.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+# For which launches are chosen where there is no device: kernels that are interpreted, or compiled only.
+H100 = launch.Device(132, (9, 0), TRITON_VERSION)
+
 N_COEFS = len(Coefs._fields)
 
 
@@ -70,7 +74,7 @@ def forward(
         arithmetic_dtype(logits).itemsize,
         out_per_row=options.rule.per_sample or keep == "coefs",
         two_exponentials=options.needs_plain and options.needs_scaled,
-        n_multiprocessors=_n_multiprocessors(logits.device),
+        device=_launch_device(logits.device),
     )
     with _device_of(logits):
         totals = _totals(inputs, options) if options.rule.is_mean and plan.n_partials > 1 else None
@@ -300,10 +304,12 @@ def _float_arguments(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Any
 
 
 @lru_cache
-def _n_multiprocessors(device: torch.device) -> int:
+def _launch_device(device: torch.device) -> launch.Device:
     if device.type != "cuda":  # interpreted, or only recorded
-        return launch.H100_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    capability = None if torch.version.hip else (properties.major, properties.minor)
+    return launch.Device(properties.multi_processor_count, capability, TRITON_VERSION)
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

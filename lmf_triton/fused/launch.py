@@ -17,29 +17,40 @@ from .layout import Axes, RowLayout, contiguous_strides, row_layout
 
 # Warps of a program with several rows: fewer would not fill a multiprocessor with so small programs.
 MIN_SHARED_WARPS = 4
-# A warp takes 1024 elements of 4 bytes, 32 a thread: with addresses and masks they stay within 128 registers.
-WARP_ELEMENTS = 1024
 MAX_WARPS = 16
-# Longest row in one tile, by bytes of the arithmetic type: a thread of MAX_WARPS warps has 64 or 16 elements of it.
-# tests/test_compile_targets.py records what the longest spills: at most 64 of a thread's 256 bytes. Longer rows are
-# looped over.
-MAX_ONE_TILE_CLASSES = {4: 32768, 8: 8192}
-# Rows of at most this many classes share a program. Elements of their tile: with 1024, 2048 and 4096 a float32 row of
-# 256 classes takes 552, 384 and 296 instructions of a warp on sm_90 (triton 3.6), while 62%, 50% and 25% of the warps
-# can be resident; its bytes leave time for 630.
-MAX_SHORT_CLASSES = 256
-SHORT_ROWS_TILE = 2048
-# Where neighbouring rows, not classes, are neighbours in memory: 16 rows fill a 32-byte sector of half logits, and
-# beyond 512 a thread has more than 4 rows, whose losses take its registers.
-STRIDED_TILE = 4096
-MAX_STRIDED_TILE = 16384
-MIN_STRIDED_ROWS = 16
-MAX_STRIDED_ROWS = 512
-# Tile of one step of a loop over classes: the widest that triton 3.6 and 3.9 compile without spilling. Wide, so that
-# few rows are under way at a time, since what they take of the L2 cache decides how much of the second reading comes
-# from there: one or two programs of 8 warps on each of 132 multiprocessors are 17 to 34 MiB of rows of 64K bfloat16
-# logits.
-LOOP_TILE = 8192
+# A warp takes 1024 elements of 4 bytes, 32 a thread: with addresses and masks they stay within 128 registers. The
+# longest rows take twice as many: a thread then has 64 elements, and the most registers that its warps leave it.
+WARP_ELEMENTS = 1024
+# A tile has at least so many classes for each warp: 8 a thread, 16 bytes of half logits, which is one load.
+WARP_TILE_CLASSES = 256
+
+# Registers of a multiprocessor hold a row of so many classes, by bytes of the arithmetic type, for MAX_WARPS warps:
+# 64 or 16 elements a thread. tests/test_compile_targets.py records what that spills.
+MAX_CTA_CLASSES = {4: 32768, 8: 8192}
+# Multiprocessors of a cluster: the most that every device with clusters takes.
+MAX_CLUSTER = 8
+# Before it, Triton's reductions over a cluster are refused, or lack the barrier that keeps a multiprocessor from
+# leaving while another still reads its shared memory (triton-lang/triton #10656).
+CLUSTER_TRITON = (3, 9)
+# Classes of one step of a loop, by bytes of the arithmetic type; for MAX_WARPS warps, 32 elements of 4 bytes a thread.
+# One such program fills the registers of a multiprocessor. So few rows are under way at a time, and the cache has what
+# it can have of them for the second reading: 132 of 128K bfloat16 logits are 34 MB, of the 50 of an H100.
+LOOP_CLASSES = {4: 16384, 8: 8192}
+
+# Rows of at most this many classes share a program, which has so many elements of 4 bytes: 32 a thread of 4 warps. At
+# 32 classes that is a row for each thread, so that none repeats the work of another on a row's loss. A tile has at
+# least so many classes, a sector of half logits.
+MAX_SHORT_CLASSES = 512
+SHORT_ROWS_ELEMENTS = 4096
+SECTOR_CLASSES = 16
+# Where neighbouring rows, not classes, are neighbours in memory. Of up to so many classes a thread has whole rows, as
+# many as make about 40 elements of 4 bytes: each class is a tile, no class is padding, and nothing is exchanged.
+MAX_UNROLLED_CLASSES = 32
+UNROLLED_ELEMENTS, MAX_UNROLLED_ROWS = 5120, 512
+# Of more, a program has 64 rows, or down to 16, which fill a sector of half logits; a thread has up to 40 elements.
+STRIDED_ROWS, MIN_STRIDED_ROWS = 64, 16
+STRIDED_ELEMENTS = 16384
+STRIDED_WARP_ELEMENTS = 1280
 # A batch whose tile is at most this big, 16 elements a thread of 4 warps, is one program: its means need no pass over
 # the targets beforehand.
 MAX_SINGLE_PROGRAM_TILE = 2048
@@ -47,8 +58,6 @@ MAX_SINGLE_PROGRAM_TILE = 2048
 # them: 128 bytes of half logits, wherever they begin, lie in 5 sectors of 32 bytes, not 4; 16 rows would be 2, not 1.
 ELEMENTWISE_TILE = 4096
 MIN_ADJACENT_ROWS = 64
-# Multiprocessors of the device for which launches are chosen where there is none: compiled and interpreted kernels.
-H100_MULTIPROCESSORS = 132
 # Samples of one step of the pass over the targets, 8 or 16 a thread, and the most programs that share the pass. A step
 # waits for memory once; from MANY_SAMPLES on the steps are larger, so that there are few of them.
 TOTALS_BLOCK_ROWS, MANY_TOTALS_BLOCK_ROWS = 1024, 8192
@@ -60,16 +69,33 @@ MAX_UPSTREAM_PROGRAMS = 2048
 
 
 @dataclass(frozen=True)
+class Device:
+    """What launches depend on besides the tensors: the device, and the compiler."""
+
+    n_multiprocessors: int
+    capability: tuple[int, int] | None  # of an NVIDIA device
+    triton_version: tuple[int, int]
+
+    @property
+    def max_ctas(self) -> int:
+        """The most multiprocessors that may share a row; 1 without clusters."""
+        has_clusters = self.capability is not None and self.capability[0] in (9, 10)
+        return MAX_CLUSTER if has_clusters and self.triton_version >= CLUSTER_TRITON else 1
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
-    """Tile and warps of one kernel."""
+    """Block and warps of one kernel: of what a program takes at a time, ``block_rows`` rows of ``block_classes``."""
 
     block_rows: int
     block_classes: int
     num_warps: int
+    class_tiles: int = 1  # side by side in a block; each has a power of two of classes
+    num_ctas: int = 1  # multiprocessors that a program spans, num_warps on each
     class_parts: int = 1  # programs that share the classes of a row, each for a summary of its own
 
     def n_programs(self, n_groups: int, n_rows: int, n_classes: int | None = None) -> int:
-        """Tiles of ``(n_groups, n_rows)`` rows; with ``n_classes``, the tiles of a row count too."""
+        """Blocks of ``(n_groups, n_rows)`` rows; with ``n_classes``, the blocks of a row count too."""
         row_blocks = n_groups * cdiv(n_rows, self.block_rows)
         return row_blocks if n_classes is None else row_blocks * cdiv(n_classes, self.block_classes)
 
@@ -79,38 +105,82 @@ def forward_config(
     n_rows: int,
     n_classes: int,
     itemsize: int,
+    device: Device,
     *,
     class_contiguous: bool = True,
     two_exponentials: bool = False,
-    n_multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> LaunchConfig:
-    """Tile of ``forward_kernel``: several short rows, one long row, or a part of rows that are looped over.
+    """Block of ``forward_kernel``: several short rows, one long row, or a part of rows that are looped over.
 
     ``itemsize`` is the bytes of the arithmetic type. ``two_exponentials``: both terms are there and ``scale`` is not
     1, so that each element has two values to keep. Where rows are looped over and too few to fill the device,
-    ``class_parts`` is above 1: the tile is ``summarise_kernel``'s, and that of ``forward_kernel`` is
+    ``class_parts`` is above 1: the block is ``summarise_kernel``'s, and that of ``forward_kernel`` is
     :func:`combine_config`'s.
     """
-    block_classes = _next_power_of_2(n_classes)
-    all_rows = _next_power_of_2(n_rows)
-    n_values = 2 if two_exponentials else 1  # that a thread keeps of each element
-    if n_groups == 1 and all_rows * block_classes <= MAX_SINGLE_PROGRAM_TILE:
-        block_rows = all_rows
-    elif not class_contiguous:
-        block_rows = min(all_rows, MAX_STRIDED_ROWS, max(MIN_STRIDED_ROWS, STRIDED_TILE // block_classes))
-        block_classes = min(block_classes, MAX_STRIDED_TILE * 4 // itemsize // block_rows)
-    elif block_classes > MAX_ONE_TILE_CLASSES[itemsize] // n_values:
-        block_rows, block_classes = 1, LOOP_TILE // n_values
-    elif block_classes > MAX_SHORT_CLASSES:
-        block_rows = 1
+    all_rows, padded = _next_power_of_2(n_rows), _next_power_of_2(n_classes)
+    n_values = 2 if two_exponentials else 1  # of each element
+    if n_groups == 1 and all_rows * padded <= MAX_SINGLE_PROGRAM_TILE:
+        return LaunchConfig(
+            all_rows, padded, max(_warps(all_rows * padded, itemsize), MIN_SHARED_WARPS if n_rows > 1 else 1)
+        )
+    if not class_contiguous:
+        config = _strided(all_rows, n_classes, itemsize, n_values)
+    elif n_classes <= MAX_SHORT_CLASSES:
+        return _short_rows(n_groups, n_rows, n_classes, n_values * itemsize, device.n_multiprocessors)
     else:
-        block_rows = min(all_rows, SHORT_ROWS_TILE // block_classes)
-    n_elements = block_rows * block_classes
-    # A long row takes as few warps as hold it, since every warp computes the row's loss.
-    num_warps = _warps(n_elements, itemsize) if block_rows == 1 else max(MIN_SHARED_WARPS, _warps(n_elements, itemsize))
-    config = LaunchConfig(block_rows, block_classes, num_warps)
-    parts = _class_parts(config, n_rows, n_classes, n_multiprocessors) if n_groups == 1 else 1
-    return replace(config, class_parts=parts)
+        config = _one_row(n_classes, itemsize, n_values, device.max_ctas)
+    if n_groups > 1 or config.block_classes >= n_classes:
+        return config
+    # Where rows are few, smaller steps make more programs of them.
+    part = replace(config, block_classes=config.block_classes // 2, num_warps=config.num_warps // 2)
+    n_parts = _class_parts(part, n_rows, n_classes, device.n_multiprocessors)
+    return config if n_parts == 1 else replace(part, class_parts=n_parts)
+
+
+def _short_rows(n_groups: int, n_rows: int, n_classes: int, element_size: int, n_multiprocessors: int) -> LaunchConfig:
+    """Several rows, classes along memory. ``element_size``: bytes that a thread keeps of each element."""
+    padded = _next_power_of_2(n_classes)
+    most_rows = SHORT_ROWS_ELEMENTS * 4 // element_size // padded
+    tile = min(padded, max(SECTOR_CLASSES, WARP_TILE_CLASSES * MIN_SHARED_WARPS // most_rows))
+    n_tiles = cdiv(n_classes, tile)
+    fair_rows = _next_power_of_2(cdiv(n_groups * n_rows, n_multiprocessors))  # with more, some would have none
+    block_rows = min(_next_power_of_2(n_rows), most_rows, max(fair_rows, most_rows // 4))
+    return LaunchConfig(block_rows, n_tiles * tile, MIN_SHARED_WARPS, n_tiles)
+
+
+def _strided(all_rows: int, n_classes: int, itemsize: int, n_values: int) -> LaunchConfig:
+    """Several rows along memory."""
+    size = itemsize // 4
+    if n_classes <= MAX_UNROLLED_CLASSES:
+        rows = _power_of_2_below(UNROLLED_ELEMENTS // size // n_values // n_classes)
+        return LaunchConfig(min(all_rows, rows, MAX_UNROLLED_ROWS), n_classes, MIN_SHARED_WARPS, n_classes)
+    padded = _next_power_of_2(n_classes)
+    rows = min(all_rows, STRIDED_ROWS, max(MIN_STRIDED_ROWS, STRIDED_ELEMENTS // size // padded))
+    classes = min(n_classes, STRIDED_ELEMENTS // size // rows)  # of one step, if there are more
+    num_warps = min(
+        MAX_WARPS, max(MIN_SHARED_WARPS, _next_power_of_2(cdiv(rows * classes * size, STRIDED_WARP_ELEMENTS)))
+    )
+    tile = min(padded, WARP_TILE_CLASSES // size * num_warps // rows)
+    n_tiles = cdiv(classes, tile)
+    return LaunchConfig(rows, n_tiles * tile, num_warps, n_tiles)
+
+
+def _one_row(n_classes: int, itemsize: int, n_values: int, max_ctas: int) -> LaunchConfig:
+    """One row, classes along memory: in the registers of one multiprocessor, in those of a cluster, or looped over."""
+    padded = _next_power_of_2(n_classes)
+    cta_classes = MAX_CTA_CLASSES[itemsize] // n_values
+    if padded > cta_classes * max_ctas:
+        return LaunchConfig(1, LOOP_CLASSES[itemsize], MAX_WARPS, n_values)  # two tiles: fewer registers, more work
+    # Half a multiprocessor's registers at most, if a cluster allows: so one row is loaded while another is computed.
+    num_ctas = min(max_ctas, max(1, 2 * padded // cta_classes))
+    num_warps = _warps(padded // num_ctas, itemsize)
+    if num_ctas > 1 and padded // num_ctas <= cta_classes // 2:
+        num_warps = MAX_WARPS // 2
+    # Quarters of the padded row, so that little is padding; halves where with quarters triton 3.6 spills 8 bytes.
+    is_full = num_ctas == 1 and padded * itemsize > MAX_WARPS * WARP_ELEMENTS * 4
+    tile = max(padded // (2 if is_full else 4), WARP_TILE_CLASSES * num_warps * num_ctas)
+    n_tiles = cdiv(n_classes, tile)
+    return LaunchConfig(1, n_tiles * tile, num_warps, n_tiles, num_ctas)
 
 
 def combine_config(config: LaunchConfig, n_rows: int) -> LaunchConfig:
@@ -195,7 +265,7 @@ def plan_forward(
     *,
     out_per_row: bool,
     two_exponentials: bool,
-    n_multiprocessors: int,
+    device: Device,
 ) -> ForwardPlan:
     """``forward_kernel`` and ``summarise_kernel``; tensors are logits, target, output and gradient.
 
@@ -212,9 +282,9 @@ def plan_forward(
             layout.n_rows,
             n_classes,
             itemsize,
+            device,
             class_contiguous=logits.stride_class == 1,
             two_exponentials=two_exponentials,
-            n_multiprocessors=n_multiprocessors,
         )
 
     # Partial sums have no strides for the rows. Those of the logits keep no dimensions apart.
@@ -225,11 +295,15 @@ def plan_forward(
     n_programs = config.n_programs(layout.n_groups, layout.n_rows)
     class_blocks, parts = cdiv(n_classes, config.block_classes), config.class_parts
     if parts == 1:
-        return ForwardPlan(plan(config, n_programs, CLASS_BLOCKS=class_blocks), None)
-    return ForwardPlan(
-        replace(plan(combine_config(config, layout.n_rows), 1, CLASS_BLOCKS=1), n_items=parts),
-        replace(plan(config, parts * n_programs, CLASS_BLOCKS=cdiv(class_blocks, parts)), n_items=parts),
-    )
+        is_exact = n_classes == config.block_classes
+        one_group = layout.n_groups == 1
+        blocks = {"CLASS_TILES": config.class_tiles, "CLASS_BLOCKS": class_blocks, "EXACT": is_exact}
+        return ForwardPlan(plan(config, n_programs, ONE_GROUP=one_group, **blocks), None)
+    combining = combine_config(config, layout.n_rows)
+    forward = plan(combining, 1, ONE_GROUP=True, CLASS_TILES=1, CLASS_BLOCKS=1, EXACT=False)
+    blocks = {"CLASS_TILES": config.class_tiles, "CLASS_BLOCKS": cdiv(class_blocks, parts)}
+    summarise = plan(config, parts * n_programs, **blocks)
+    return ForwardPlan(replace(forward, n_items=parts), replace(summarise, n_items=parts))
 
 
 @lru_cache(maxsize=4096)
@@ -250,7 +324,7 @@ def plan_backward(
         layout.n_rows, logits.n_classes, itemsize, along_rows=_along_rows(layout, class_strides)
     )
     n_programs = config.n_programs(layout.n_groups, layout.n_rows, logits.n_classes)
-    return _plan(layout, class_strides, logits.n_classes, config, n_programs)
+    return _plan(layout, class_strides, logits.n_classes, config, n_programs, ONE_GROUP=layout.n_groups == 1)
 
 
 @lru_cache(maxsize=4096)
@@ -296,6 +370,7 @@ def _plan(
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_CLASSES": config.block_classes,
         "num_warps": config.num_warps,
+        "num_ctas": config.num_ctas,
     }
     strides = tuple(
         (group, row) if stride is None else (group // align, row // align, stride)
@@ -333,3 +408,7 @@ def cdiv(a: int, b: int) -> int:
 
 def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _power_of_2_below(n: int) -> int:
+    return 1 << (n.bit_length() - 1)

@@ -30,9 +30,9 @@ class Rows(NamedTuple):
     """The samples of one program: BLOCK_ROWS rows of one group."""
 
     group: tl.tensor  # a scalar
-    index: tl.tensor  # of the row in its group
+    first: tl.tensor  # of the rows in their group, a scalar
     exists: tl.tensor
-    target: tl.tensor  # class, int32
+    target: tl.tensor  # class, int32; -1 where the row does not take part
     kept: tl.tensor  # it exists, and has a target in range that is not to be ignored
     out_of_range: tl.tensor  # its target is no class, nor to be ignored
 
@@ -81,26 +81,43 @@ N_COEFS = tl.constexpr(len(Coefs._fields))
 
 @triton.jit
 def load_rows(
-    block, target_ptr, stride_group, stride_row, n_rows, n_classes, ignore_index, BLOCK_ROWS: tl.constexpr
+    block, target_ptr, stride_group, stride_row, n_rows, n_classes, ignore_index,
+    ONE_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):  # fmt: skip
     """The rows of a block, where blocks are counted through one group after the other."""
-    row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    group = (block // row_blocks).to(tl.int64)
-    index = (block % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    exists = index < n_rows
-    target_ptrs = target_ptr + group * stride_group + index * stride_row
+    group = tl.zeros([], tl.int64)
+    if not ONE_GROUP:
+        row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+        group += block // row_blocks
+        block = block % row_blocks
+    first = block.to(tl.int64) * BLOCK_ROWS
+    exists = tl.arange(0, BLOCK_ROWS) < tl.minimum(n_rows - first, BLOCK_ROWS).to(tl.int32)
+    target_ptrs = row_ptrs(target_ptr, group, first, stride_group, stride_row, BLOCK_ROWS)
     target, kept, out_of_range = load_target(target_ptrs, exists, n_classes, ignore_index)
-    return Rows(group, index, exists, target, kept, out_of_range)
+    return Rows(group, first, exists, target, kept, out_of_range)
+
+
+@triton.jit
+def row_ptrs(ptr, group, first, stride_group, stride_row, BLOCK_ROWS: tl.constexpr):
+    """Where each row starts in a tensor. The first one's address is made of scalars, which cost a thread nothing."""
+    return ptr + (group * stride_group + first * stride_row) + tl.arange(0, BLOCK_ROWS).to(tl.int64) * stride_row
+
+
+@triton.jit
+def ptrs_of(rows, ptr, stride_group, stride_row, UNIT: tl.constexpr = 1):
+    """Where each of these rows starts in a tensor with strides in units of UNIT elements."""
+    return row_ptrs(ptr, rows.group, rows.first, UNIT * stride_group, UNIT * stride_row, rows.exists.shape[0])
 
 
 @triton.jit
 def load_target(target_ptrs, exists, n_classes, ignore_index):
-    """Class of each row, whether the row takes part in the loss, and whether its class is out of range."""
+    """Class of each row, -1 if it does not take part in the loss; whether it does; whether its class is no class."""
     # Compared in int64 whatever is stored, so that no value of a narrow or wide type is mistaken for another.
     target = tl.load(target_ptrs, mask=exists, other=0).to(tl.int64)
     considered = exists & (target != ignore_index)
     in_range = (target >= 0) & (target < n_classes)
-    return target.to(tl.int32), considered & in_range, considered & (in_range == 0)
+    kept = considered & in_range
+    return tl.where(kept, target.to(tl.int32), -1), kept, considered & (in_range == 0)
 
 
 @triton.jit
@@ -110,12 +127,6 @@ def load_weight(weight_ptr, target, kept, dtype: tl.constexpr):
         return kept.to(dtype)
     else:
         return tl.load(weight_ptr + target, mask=kept, other=0.0).to(dtype)
-
-
-@triton.jit
-def offsets(rows, stride_group, stride_row):
-    """Where each row starts in a tensor with these strides."""
-    return rows.group * stride_group + rows.index * stride_row
 
 
 @triton.jit
@@ -131,84 +142,139 @@ def tile_mask(exists, offs_c, n_classes):
 
 
 @triton.jit
-def load_others(row_ptrs, offs_c, stride_class, rows, n_classes, dtype: tl.constexpr, EVICTION: tl.constexpr):
-    """A tile of logits, -inf at the target, in rows that do not take part, and outside the tensor."""
-    # Not masked by kept: a mask that depends on data would break up the wide loads of class-strided tiles.
-    x = tl.load(
-        tile_ptrs(row_ptrs, offs_c, stride_class),
-        mask=tile_mask(rows.exists, offs_c, n_classes),
-        other=-float("inf"),
-        eviction_policy=EVICTION,
-    ).to(dtype)
-    return tl.where(rows.kept[:, None] & (offs_c[None, :] != rows.target[:, None]), x, -float("inf"))
+def load_block(
+    row_ptrs, first_class, stride_class, rows, n_classes, dtype: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, EVICTION: tl.constexpr
+):  # fmt: skip
+    """The others of a block: its tiles, -inf at the targets and outside the tensor."""
+    TILE: tl.constexpr = BLOCK_CLASSES // CLASS_TILES
+    VECTOR: tl.constexpr = vector_of(row_ptrs)
+    loaded = ()
+    for i in tl.static_range(CLASS_TILES):  # all of them are under way before the first waits for its target
+        offs_c = first_class + i * TILE + tl.arange(0, TILE)
+        x = tl.load(
+            tile_ptrs(row_ptrs, offs_c, stride_class),
+            mask=tile_mask(rows.exists, offs_c, n_classes),
+            other=-float("inf"),
+            eviction_policy=EVICTION,
+        )
+        loaded = loaded + (x,)
+    others = ()
+    for i in tl.static_range(CLASS_TILES):
+        others = others + (without_target(loaded[i].to(dtype), rows, first_class + i * TILE, VECTOR),)
+    return others
+
+
+@triton.constexpr_function
+def vector_of(ptrs):
+    """Neighbouring classes that a thread loads at once: as many as 16 bytes hold."""
+    return 128 // ptrs.dtype.element_ty.primitive_bitwidth
 
 
 @triton.jit
-def summarise_tile(others, FORM: tl.constexpr):
-    """The summary of each element of a tile: relative to itself, its exponential is 1."""
-    return Summary(others, 1.0 if FORM.plain else 0.0, 1.0 if FORM.scaled else 0.0)
+def without_target(x, rows, first_class, VECTOR: tl.constexpr):
+    """A tile of logits, -inf at the targets; in several rows also where these take no part."""
+    if x.shape[0] == 1:
+        return at_target(x, rows, first_class, -float("inf"), VECTOR)
+    else:
+        # Not the mask of the load: one that depends on data would break up the wide loads of class-strided tiles.
+        is_other = tl.arange(0, x.shape[1])[None, :] != (rows.target - first_class)[:, None]
+        return tl.where(rows.kept[:, None] & is_other, x, -float("inf"))
+
+
+@triton.jit
+def at_target(x, rows, first_class, value, VECTOR: tl.constexpr):
+    """A tile with another value at the targets."""
+    place = rows.target - first_class
+    if x.shape[0] > 1:
+        return tl.where(tl.arange(0, x.shape[1])[None, :] == place[:, None], value, x)
+    else:
+        # Most tiles of one row are without its target. In that which has it, vectors and places in a vector are
+        # compared apart: a thread would keep the number of each of its classes in a register otherwise.
+        if (scalar(place) >= 0) & (scalar(place) < x.shape[1]):
+            here, there = tl.arange(0, x.shape[1])[None, :], place[:, None]
+            is_target = ((here & -VECTOR) == (there & -VECTOR)) & ((here & VECTOR - 1) == (there & VECTOR - 1))
+            x = tl.where(is_target, value, x)
+        return x
+
+
+@triton.jit
+def scalar(per_row):
+    """The value of the one row."""
+    return tl.max(per_row, axis=0)
+
+
+@triton.jit
+def summarise_block(others, FORM: tl.constexpr):
+    """The summary of each class of a block: relative to itself, its exponential is 1."""
+    plain, scaled = (), ()
+    for _ in tl.static_range(len(others)):
+        plain = plain + (1.0 if FORM.plain else 0.0,)
+        scaled = scaled + (1.0 if FORM.scaled else 0.0,)
+    return Summary(others, plain, scaled)
 
 
 @triton.jit
 def summarise_loop(
-    row_ptrs,
-    stride_class,
-    first_block,
-    rows,
-    n_classes,
-    scale,
-    dtype: tl.constexpr,
-    FORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-    CLASS_BLOCKS: tl.constexpr,
-):
-    """The summary of each lane: of the classes of CLASS_BLOCKS blocks that pass through it."""
-    zeros = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], dtype)
+    row_ptrs, stride_class, first_block, rows, n_classes, scale, dtype: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, CLASS_BLOCKS: tl.constexpr
+):  # fmt: skip
+    """The summary of each lane: of what passes through it of CLASS_BLOCKS blocks.
+
+    In one row a lane takes the classes that a thread loads at once, so that these share what keeps its sums relative
+    to the largest so far.
+    """
+    BLOCK_ROWS: tl.constexpr = rows.exists.shape[0]
+    VECTOR: tl.constexpr = vector_of(row_ptrs) if BLOCK_ROWS == 1 else 1
+    LANES: tl.constexpr = BLOCK_CLASSES // CLASS_TILES // VECTOR
+    zeros = tl.zeros([BLOCK_ROWS, LANES], dtype)
     lanes = Summary(zeros - float("inf"), zeros, zeros)
     for block in range(CLASS_BLOCKS):
-        offs_c = (first_block + block) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
         # They are read once more, for the gradient.
-        others = load_others(row_ptrs, offs_c, stride_class, rows, n_classes, dtype, EVICTION="evict_last")
-        lanes = add_class(lanes, others, scale, FORM)
-    return lanes
+        others = load_block(
+            row_ptrs, (first_block + block) * BLOCK_CLASSES, stride_class, rows, n_classes, dtype, BLOCK_CLASSES,
+            CLASS_TILES, EVICTION="evict_last",
+        )  # fmt: skip
+        lanes = add_block(lanes, others, scale, FORM, [BLOCK_ROWS, LANES, VECTOR])
+    return Summary((lanes.max,), (lanes.plain,), (lanes.scaled,))
 
 
 @triton.jit
-def add_class(lanes, x, scale, FORM: tl.constexpr):
-    """The summary of each lane with one more class, whose logit is x."""
-    rise = x - lanes.max
-    is_empty = x == -float("inf")
-    plain = online_sum(lanes.plain, rise, is_empty) if FORM.plain else lanes.plain
-    scaled = online_sum(lanes.scaled, scale * rise, is_empty) if FORM.scaled else lanes.scaled
-    return Summary(tl.maximum(lanes.max, x), plain, scaled)
-
-
-@triton.jit
-def online_sum(total, rise, is_empty):
-    """One step of sum(exp(x - max)), given by how much the new x is above the maximum so far."""
-    e = tl.exp(-tl.abs(rise))  # with fast_exp triton 3.9 spills here on sm_100
-    return tl.where(is_empty, total, tl.where(rise > 0, total * e + 1.0, total + e))
+def add_block(lanes, others, scale, FORM: tl.constexpr, SHAPE: tl.constexpr):
+    """The summaries of lanes with one more block; SHAPE is that of its tiles, cut up by lanes."""
+    m = lanes.max
+    for i in tl.static_range(len(others)):
+        m = tl.maximum(m, tl.max(tl.reshape(others[i], SHAPE), axis=2))
+    base = origin(m)
+    plain = lanes.plain * fast_exp(lanes.max - base) if FORM.plain else lanes.plain
+    scaled = lanes.scaled * fast_exp(scale * (lanes.max - base)) if FORM.scaled else lanes.scaled
+    for i in tl.static_range(len(others)):
+        exponents = tl.reshape(others[i], SHAPE) - base[:, :, None]
+        if FORM.plain:
+            plain += tl.sum(fast_exp(exponents), axis=2)
+        if FORM.scaled:
+            scaled += tl.sum(fast_exp(scale * exponents), axis=2)
+    return Summary(m, plain, scaled)
 
 
 @triton.jit
 def load_summaries(summaries_ptr, rows, n_rows, n_parts, BLOCK_PARTS: tl.constexpr):
     """The summaries that summarise_kernel has stored, of each part of each row."""
     parts = tl.arange(0, BLOCK_PARTS)
-    ptrs = summaries_ptr + (rows.index * n_parts)[:, None] + parts[None, :]
+    ptrs = tile_ptrs(ptrs_of(rows, summaries_ptr, 0, n_parts), parts, 1)
     stride_field = n_rows * n_parts
     exists = tile_mask(rows.exists, parts, n_parts)
     return Summary(
-        tl.load(ptrs, mask=exists, other=-float("inf")),
-        tl.load(ptrs + stride_field, mask=exists, other=0.0),
-        tl.load(ptrs + 2 * stride_field, mask=exists, other=0.0),
+        (tl.load(ptrs, mask=exists, other=-float("inf")),),
+        (tl.load(ptrs + stride_field, mask=exists, other=0.0),),
+        (tl.load(ptrs + 2 * stride_field, mask=exists, other=0.0),),
     )
 
 
 @triton.jit
 def store_summary(summaries_ptr, summary, part, rows, n_rows, n_parts):
     """One part's summary of each row, where load_summaries looks for it."""
-    ptrs = summaries_ptr + rows.index * n_parts + part
+    ptrs = ptrs_of(rows, summaries_ptr, 0, n_parts) + part
     stride_field = n_rows * n_parts
     tl.store(ptrs, summary.max, mask=rows.exists)
     tl.store(ptrs + stride_field, summary.plain, mask=rows.exists)
@@ -217,13 +283,35 @@ def store_summary(summaries_ptr, summary, part, rows, n_rows, n_parts):
 
 @triton.jit
 def combine(parts, scale, FORM: tl.constexpr):
-    """The summary of each row from those of its parts along axis 1: single classes, lanes, or programs' parts."""
-    m = tl.max(parts.max, axis=1)
-    exponents = parts.max - origin(m)[:, None]
+    """The summary of each row from those of its parts: tiles of single classes, of lanes, or of programs' parts."""
+    m = parts.max[0]
+    for i in tl.static_range(1, len(parts.max)):
+        m = tl.maximum(m, parts.max[i])
+    m = tl.max(m, axis=1)
+    base = origin(m)[:, None]
     zero = tl.zeros(m.shape, m.dtype)
-    plain = tl.sum(parts.plain * fast_exp(exponents), axis=1) if FORM.plain else zero
-    scaled = tl.sum(parts.scaled * fast_exp(scale * exponents), axis=1) if FORM.scaled else zero
+    plain = tl.sum(sum_over_tiles(parts.plain, parts.max, base, 1.0), axis=1) if FORM.plain else zero
+    scaled = tl.sum(sum_over_tiles(parts.scaled, parts.max, base, scale), axis=1) if FORM.scaled else zero
     return Summary(m, plain, scaled)
+
+
+@triton.jit
+def sum_over_tiles(sums, maxima, base, scale):
+    """Sums of exponentials, each relative to a maximum, added up lane by lane relative to one base."""
+    total = sums[0] * fast_exp(scale * (maxima[0] - base))
+    for i in tl.static_range(1, len(maxima)):
+        total += sums[i] * fast_exp(scale * (maxima[i] - base))
+    return total
+
+
+@triton.jit
+def of_kept(summary, kept):
+    """The same summary, but that of no others where a single row takes no part; in several rows they are -inf."""
+    if kept.shape[0] > 1:
+        return summary
+    else:
+        m = tl.where(kept, summary.max, -float("inf"))
+        return Summary(m, tl.where(kept, summary.plain, 0.0), tl.where(kept, summary.scaled, 0.0))
 
 
 @triton.jit
@@ -270,7 +358,7 @@ def redistribute_coefs(coefs, m, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def terms_and_slopes(
-    summary, x_y, margins_ptr, rows, weight, denominators, alpha, beta, gamma, scale, FORM: tl.constexpr
+    summary, x_y, margins_ptr, rows, weight, shares, alpha, beta, gamma, scale, FORM: tl.constexpr
 ):  # fmt: skip
     """Both terms and their slopes, from the gap between the others and the target.
 
@@ -293,14 +381,14 @@ def terms_and_slopes(
     if FORM.has_focal:
         value, slope = focal_term(gap + tl.log(plain_sum), gamma)
         focal = tl.where(active, beta * (weight * value), 0.0)
-        focal_slope = tl.where(active, beta * (weight / denominators.focal * slope), 0.0)
+        focal_slope = tl.where(active, beta * (shares.focal * slope), 0.0)
     if FORM.has_ldam:
         if margins_ptr is not None:
             gap += tl.load(margins_ptr + rows.target, mask=rows.kept, other=0.0).to(gap.dtype)
         v = scale * gap + tl.log(scaled_sum) if FORM.scaled else gap + tl.log(plain_sum)
         value, slope = ldam_term(v)
         ldam = tl.where(active, alpha * (weight * value), 0.0)
-        ldam_slope = tl.where(active, alpha * (weight / denominators.ldam * slope), 0.0)
+        ldam_slope = tl.where(active, alpha * (shares.ldam * slope), 0.0)
     return Terms(ldam, ldam_slope, focal, focal_slope)
 
 
@@ -320,6 +408,16 @@ def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, RULE: tl
         weight_total = tl.sum(tl.load(totals_ptr + offs))
         count = tl.sum(tl.load(totals_ptr + N_TOTALS + offs))
     return Denominators(weight_total, count if RULE.focal_by_count else weight_total)
+
+
+@triton.jit
+def shares_of(weight_ptr, weight, kept, denominators):
+    """What a mean makes of each row's weight, for both terms: weight / denominator."""
+    if weight_ptr is None:  # one division for all rows
+        ldam, focal = 1.0 / denominators.ldam, 1.0 / denominators.focal
+        return Denominators(tl.where(kept, ldam, 0.0), tl.where(kept, focal, 0.0))
+    else:
+        return Denominators(weight / denominators.ldam, weight / denominators.focal)
 
 
 @triton.jit
@@ -377,7 +475,37 @@ def load_coefs(row_ptrs, upstream, exists):
 
 
 @triton.jit
-def gradient(others, offs_c, target, coefs, scale, FORM: tl.constexpr):
+def store_gradient(
+    row_ptrs, first_class, stride_class, rows, n_classes, others, coefs, scale, FORM: tl.constexpr,
+    EVICTION: tl.constexpr
+):  # fmt: skip
+    """The gradient of a block, rounded to the dtype in which it is kept; 0 in a row that takes no part."""
+    TILE: tl.constexpr = others[0].shape[1]
+    VECTOR: tl.constexpr = vector_of(row_ptrs)
+    dtype: tl.constexpr = row_ptrs.dtype.element_ty
+    for i in tl.static_range(len(others)):
+        offs_c = first_class + i * TILE + tl.arange(0, TILE)
+        ptrs = tile_ptrs(row_ptrs, offs_c, stride_class)
+        mask = tile_mask(rows.exists, offs_c, n_classes)
+        # A branch, as one row is selected as a whole. Of several rows those that take no part have coefficients of 0.
+        if takes_no_part(rows):
+            tl.store(ptrs, tl.zeros(mask.shape, dtype), mask=mask, eviction_policy=EVICTION)
+        else:
+            grad = gradient(others[i], rows, first_class + i * TILE, coefs, scale, FORM, VECTOR)
+            tl.store(ptrs, grad.to(dtype), mask=mask, eviction_policy=EVICTION)
+
+
+@triton.jit
+def takes_no_part(rows):
+    """Whether this is one row, and its gradient is 0 whatever its logits."""
+    if rows.exists.shape[0] > 1:
+        return False
+    else:
+        return scalar((rows.kept | rows.out_of_range).to(tl.int32)) == 0
+
+
+@triton.jit
+def gradient(others, rows, first_class, coefs, scale, FORM: tl.constexpr, VECTOR: tl.constexpr):
     """A tile of the gradient. Where the tile's exponentials are at hand already, the compiler reuses them."""
     exponents = others - coefs.max[:, None]
     grad = tl.zeros(exponents.shape, exponents.dtype)
@@ -385,15 +513,4 @@ def gradient(others, offs_c, target, coefs, scale, FORM: tl.constexpr):
         grad += coefs.plain[:, None] * fast_exp(exponents)
     if FORM.scaled:
         grad += coefs.scaled[:, None] * fast_exp(scale * exponents)
-    return tl.where(offs_c[None, :] == target[:, None], -coefs.slope[:, None], grad)
-
-
-@triton.jit
-def store_gradient(row_ptrs, offs_c, stride_class, exists, n_classes, grad, EVICTION: tl.constexpr):
-    """A tile of the gradient, rounded to the dtype in which it is kept."""
-    tl.store(
-        tile_ptrs(row_ptrs, offs_c, stride_class),
-        grad.to(row_ptrs.dtype.element_ty),
-        mask=tile_mask(exists, offs_c, n_classes),
-        eviction_policy=EVICTION,
-    )
+    return at_target(grad, rows, first_class, -coefs.slope[:, None], VECTOR)

@@ -6,14 +6,16 @@ rows are the pixels, which are neighbours in memory.
 
 The work on a row is four steps. *Summarise*: read its classes; *combine*: their summaries make that of the row; *loss
 and coefficients*: a few numbers a row; *gradient*: for each class, from its logit and the row's coefficients. A row may
-be one tile in registers, a loop over tiles, or, where rows are few and long, shared by programs that summarise a part
-each; the steps are the same.
+stay in registers, those of one multiprocessor or of a cluster; be looped over; or, where rows are few and long, be
+shared by programs that summarise a part each. The steps are the same.
 
 Words: *others*, the classes other than the target; *gap*, from the target's logit to the logsumexp of the others;
 *plain* and *scaled*, what belongs to exp(x) and to exp(scale * x); *slope*, the derivative of a term in its gap;
-*coefs*, the coefficients of a row's gradient; *tile*, ``[BLOCK_ROWS, BLOCK_CLASSES]`` of one group; *part*, the classes
-of one program of summarise_kernel; *totals*, sum of weights and number of samples, which *denominators* are made of.
-FORM and RULE, which are constexprs, say what terms and what reduction a kernel is compiled for (rows.py, reduction.py).
+*coefs*, the coefficients of a row's gradient; *tile*, a power of two of rows by a power of two of classes; *block*, the
+tiles side by side that a program holds at a time, ``[BLOCK_ROWS, BLOCK_CLASSES]`` of one group; *lane*, an element of a
+tile, with what passes through it of all blocks; *part*, the classes of one program of summarise_kernel; *totals*, sum
+of weights and number of samples, which *denominators* are made of. FORM and RULE, which are constexprs, say what terms
+and what reduction a kernel is compiled for (rows.py, reduction.py).
 
 Loops run to a compile-time bound: a power of two or a number of class blocks, so that few variants are compiled.
 """
@@ -25,22 +27,23 @@ from ..rows import (
     N_COEFS,
     coefs_of,
     combine,
-    gradient,
+    load_block,
     load_coefs,
     load_denominators,
-    load_others,
     load_rows,
     load_summaries,
     load_weight,
-    offsets,
+    of_kept,
+    ptrs_of,
     redistribute_coefs,
     redistribute_summary,
+    shares_of,
     store_coefs,
     store_gradient,
     store_summary,
     sum_of_rows,
+    summarise_block,
     summarise_loop,
-    summarise_tile,
     terms_and_slopes,
 )
 
@@ -59,6 +62,7 @@ def summarise_kernel(
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
+    CLASS_TILES: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr,  # of one part
 ):  # fmt: skip
     """The first step alone, for a part of the classes, where there are too few rows to fill the device."""
@@ -66,13 +70,14 @@ def summarise_kernel(
     n_classes = ALIGN * n_classes
     part = tl.program_id(0) % n_parts
     block = tl.program_id(0) // n_parts
-    rows = load_rows(block, target_ptr, 0, target_stride_row, n_rows, n_classes, ignore_index, BLOCK_ROWS)
-    row_ptrs = logits_ptr + ALIGN * offsets(rows, 0, logits_stride_row)
+    rows = load_rows(block, target_ptr, 0, target_stride_row, n_rows, n_classes, ignore_index, True, BLOCK_ROWS)
+    row_ptrs = ptrs_of(rows, logits_ptr, 0, logits_stride_row, ALIGN)
     lanes = summarise_loop(
-        row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM, BLOCK_ROWS,
-        BLOCK_CLASSES, CLASS_BLOCKS,
+        row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES,
+        CLASS_TILES, CLASS_BLOCKS,
     )  # fmt: skip
-    store_summary(summaries_ptr, combine(lanes, scale, FORM), part, rows, n_rows, n_parts)
+    summary = of_kept(combine(lanes, scale, FORM), rows.kept)
+    store_summary(summaries_ptr, summary, part, rows, n_rows, n_parts)
 
 
 @triton.jit
@@ -98,63 +103,73 @@ def forward_kernel(
     RULE: tl.constexpr,  # of the reduction
     N_TOTALS: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
+    ONE_GROUP: tl.constexpr,  # no division for the group
+    EXACT: tl.constexpr,  # the one block holds no more than the classes
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,  # classes of a tile; with summaries, the parts of a row
-    CLASS_BLOCKS: tl.constexpr,  # 1: the tile stays in registers between loss and gradient
+    BLOCK_CLASSES: tl.constexpr,  # with summaries, the parts of a row
+    CLASS_TILES: tl.constexpr,  # of a block
+    CLASS_BLOCKS: tl.constexpr,  # 1: the block stays in registers between loss and gradient
 ):  # fmt: skip
     """Loss of BLOCK_ROWS rows, with their gradient or the coefficients from which backward_kernel computes it."""
     dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
-    n_classes = ALIGN * n_classes
+    n_classes = BLOCK_CLASSES if EXACT else ALIGN * n_classes
     rows = load_rows(
-        program, target_ptr, target_stride_group, target_stride_row, n_rows, n_classes, ignore_index, BLOCK_ROWS
-    )
-    row_ptrs = logits_ptr + ALIGN * offsets(rows, logits_stride_group, logits_stride_row)
+        program, target_ptr, target_stride_group, target_stride_row, n_rows, n_classes, ignore_index, ONE_GROUP,
+        BLOCK_ROWS,
+    )  # fmt: skip
+    row_ptrs = ptrs_of(rows, logits_ptr, logits_stride_group, logits_stride_row, ALIGN)
     x_y = tl.load(row_ptrs + rows.target.to(tl.int64) * logits_stride_class, mask=rows.kept, other=0.0).to(dtype)
-    offs_c = tl.arange(0, BLOCK_CLASSES)
 
     # Summarise.
     if summaries_ptr is not None:
         parts = load_summaries(summaries_ptr, rows, n_rows, n_parts, BLOCK_CLASSES)
     elif CLASS_BLOCKS == 1:
-        others = load_others(row_ptrs, offs_c, logits_stride_class, rows, n_classes, dtype, EVICTION="")
-        parts = summarise_tile(others, FORM)
+        others = load_block(
+            row_ptrs, 0, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES, EVICTION=""
+        )
+        parts = summarise_block(others, FORM)
     else:
         parts = summarise_loop(
-            row_ptrs, logits_stride_class, 0, rows, n_classes, scale, dtype, FORM, BLOCK_ROWS, BLOCK_CLASSES,
+            row_ptrs, logits_stride_class, 0, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES, CLASS_TILES,
             CLASS_BLOCKS,
         )  # fmt: skip
 
     # Combine.
     combined = combine(parts, scale, FORM)
-    summary = redistribute_summary(combined, BLOCK_ROWS)
+    summary = redistribute_summary(of_kept(combined, rows.kept), BLOCK_ROWS)
 
     # Loss and coefficients.
     weight = load_weight(weight_ptr, rows.target, rows.kept, dtype)
     denominators = load_denominators(totals_ptr, weight, rows.kept, N_TOTALS, RULE)
-    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, weight, denominators, alpha, beta, gamma, scale, FORM)
+    shares = shares_of(weight_ptr, weight, rows.kept, denominators)
+    terms = terms_and_slopes(summary, x_y, margins_ptr, rows, weight, shares, alpha, beta, gamma, scale, FORM)
     coefs = coefs_of(summary, terms, scale, FORM)
     if RULE.per_sample:
-        tl.store(loss_ptr + offsets(rows, out_stride_group, out_stride_row), terms.ldam + terms.focal, mask=rows.exists)
+        tl.store(ptrs_of(rows, loss_ptr, out_stride_group, out_stride_row), terms.ldam + terms.focal, mask=rows.exists)
     else:
         tl.store(loss_ptr + program, sum_of_rows(terms, denominators, FORM, RULE))
     if coefs_ptr is not None:
-        store_coefs(coefs_ptr + N_COEFS * offsets(rows, out_stride_group, out_stride_row), coefs, rows.exists)
+        store_coefs(ptrs_of(rows, coefs_ptr, out_stride_group, out_stride_row, N_COEFS), coefs, rows.exists)
 
     # Gradient.
     if grad_ptr is not None:
         coefs = redistribute_coefs(coefs, combined.max, BLOCK_ROWS)
-        grad_rows = grad_ptr + ALIGN * offsets(rows, grad_stride_group, grad_stride_row)
+        grad_rows = ptrs_of(rows, grad_ptr, grad_stride_group, grad_stride_row, ALIGN)
         if CLASS_BLOCKS == 1:
-            grad = gradient(others, offs_c, rows.target, coefs, scale, FORM)
-            store_gradient(grad_rows, offs_c, grad_stride_class, rows.exists, n_classes, grad, EVICTION="")
+            store_gradient(grad_rows, 0, grad_stride_class, rows, n_classes, others, coefs, scale, FORM, EVICTION="")
         else:
             # Backwards: the blocks read last are the likeliest to be in cache still.
             for block in range(CLASS_BLOCKS):
-                cols = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES + offs_c
-                again = load_others(row_ptrs, cols, logits_stride_class, rows, n_classes, dtype, EVICTION="evict_first")
-                grad = gradient(again, cols, rows.target, coefs, scale, FORM)
-                store_gradient(grad_rows, cols, grad_stride_class, rows.exists, n_classes, grad, EVICTION="evict_first")
+                first_class = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES
+                again = load_block(
+                    row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES,
+                    EVICTION="evict_first",
+                )  # fmt: skip
+                store_gradient(
+                    grad_rows, first_class, grad_stride_class, rows, n_classes, again, coefs, scale, FORM,
+                    EVICTION="evict_first",
+                )  # fmt: skip
 
 
 @triton.jit
@@ -170,6 +185,7 @@ def backward_kernel(
     n_classes,  # this and the strides of groups and rows of logits and gradient in units of ALIGN elements
     FORM: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
+    ONE_GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -178,21 +194,22 @@ def backward_kernel(
     n_classes = ALIGN * n_classes
     class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
     program = tl.program_id(0)
-    offs_c = (program % class_blocks).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    first_class = program % class_blocks * BLOCK_CLASSES
     rows = load_rows(
         program // class_blocks, target_ptr, target_stride_group, target_stride_row, n_rows, n_classes, ignore_index,
-        BLOCK_ROWS,
+        ONE_GROUP, BLOCK_ROWS,
     )  # fmt: skip
 
     active = rows.kept | rows.out_of_range
     upstream = active.to(dtype)
     if upstream_ptr is not None:
-        upstream_ptrs = upstream_ptr + offsets(rows, upstream_stride_group, upstream_stride_row)
+        upstream_ptrs = ptrs_of(rows, upstream_ptr, upstream_stride_group, upstream_stride_row)
         upstream = tl.load(upstream_ptrs, mask=active, other=0.0).to(dtype)
-    coefs = load_coefs(coefs_ptr + offsets(rows, coefs_stride_group, coefs_stride_row), upstream, rows.exists)
+    coefs = load_coefs(ptrs_of(rows, coefs_ptr, coefs_stride_group, coefs_stride_row), upstream, rows.exists)
 
-    row_ptrs = logits_ptr + ALIGN * offsets(rows, logits_stride_group, logits_stride_row)
-    others = load_others(row_ptrs, offs_c, logits_stride_class, rows, n_classes, dtype, EVICTION="")
-    grad = gradient(others, offs_c, rows.target, coefs, scale, FORM)
-    grad_rows = grad_ptr + ALIGN * offsets(rows, grad_stride_group, grad_stride_row)
-    store_gradient(grad_rows, offs_c, grad_stride_class, rows.exists, n_classes, grad, EVICTION="")
+    row_ptrs = ptrs_of(rows, logits_ptr, logits_stride_group, logits_stride_row, ALIGN)
+    others = load_block(
+        row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, 1, EVICTION=""
+    )
+    grad_rows = ptrs_of(rows, grad_ptr, grad_stride_group, grad_stride_row, ALIGN)
+    store_gradient(grad_rows, first_class, grad_stride_class, rows, n_classes, others, coefs, scale, FORM, EVICTION="")
