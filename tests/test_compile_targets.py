@@ -77,6 +77,10 @@ CASES += [
     *((problem, "bfloat16", "sm_90", True, 1.0) for problem in KINDS),
     *((problem, "bfloat16", "sm_90", False, 30.0) for problem in KINDS),
     *((problem, "float16", "sm_90", False, 1.0) for problem in KINDS),
+    # Clusters with two exponentials an element, and in float64; and its loop, where there are none.
+    *(("large_128k_bf16", "bfloat16", target, False, 30.0) for target in NVIDIA),
+    *(("large_64k_bf16", "float64", target, False, 1.0) for target in NVIDIA),
+    *(("large_32k_bf16", "float64", target, False, 30.0) for target in NVIDIA),
     ("large_32k_bf16", "bfloat16", "sm_100", False, 30.0),
     ("large_1k_bf16", "float64", "sm_90", False, 0.7),
     ("dense_19", "float64", "sm_90", True, 30.0),

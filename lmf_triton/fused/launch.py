@@ -21,6 +21,8 @@ MAX_WARPS = 16
 # A warp takes 1024 elements of 4 bytes, 32 a thread: with addresses and masks they stay within 128 registers. The
 # longest rows take twice as many: a thread then has 64 elements, and the most registers that its warps leave it.
 WARP_ELEMENTS = 1024
+# Classes that a thread should load at once; with fewer, addresses and masks of single ones take its registers.
+MIN_VECTOR = 4
 # A tile has at least so many classes for each warp: 8 a thread, 16 bytes of half logits, which is one load.
 WARP_TILE_CLASSES = 256
 
@@ -32,16 +34,16 @@ MAX_CLUSTER = 8
 # Before it, Triton's reductions over a cluster are refused, or lack the barrier that keeps a multiprocessor from
 # leaving while another still reads its shared memory (triton-lang/triton #10656).
 CLUSTER_TRITON = (3, 9)
-# Classes of one step of a loop, by bytes of the arithmetic type; for MAX_WARPS warps, 32 elements of 4 bytes a thread.
-# One such program fills the registers of a multiprocessor. So few rows are under way at a time, and the cache has what
-# it can have of them for the second reading: 132 of 128K bfloat16 logits are 34 MB, of the 50 of an H100.
-LOOP_CLASSES = {4: 16384, 8: 8192}
+# Classes of one step of a loop, by bytes of the arithmetic type; for MAX_WARPS warps, 32 or 8 elements a thread. One
+# such program of float32 fills the registers of a multiprocessor. So few rows are under way at a time, and the cache
+# has what it can have of them for the second reading: 132 of 128K bfloat16 logits are 34 MB, of the 50 of an H100.
+LOOP_CLASSES = {4: 16384, 8: 4096}
 
 # Rows of at most this many classes share a program, which has so many elements of 4 bytes: 32 a thread of 4 warps. At
 # 32 classes that is a row for each thread, so that none repeats the work of another on a row's loss. A tile has at
 # least so many classes, a sector of half logits.
 MAX_SHORT_CLASSES = 512
-SHORT_ROWS_ELEMENTS = 4096
+SHORT_ROWS_ELEMENTS, MAX_SHORT_ROWS = 4096, 512
 SECTOR_CLASSES = 16
 # Where neighbouring rows, not classes, are neighbours in memory. Of up to so many classes a thread has whole rows, as
 # many as make about 40 elements of 4 bytes: each class is a tile, no class is padding, and nothing is exchanged.
@@ -108,11 +110,13 @@ def forward_config(
     device: Device,
     *,
     class_contiguous: bool = True,
+    aligned: bool = True,
     two_exponentials: bool = False,
 ) -> LaunchConfig:
     """Block of ``forward_kernel``: several short rows, one long row, or a part of rows that are looped over.
 
-    ``itemsize`` is the bytes of the arithmetic type. ``two_exponentials``: both terms are there and ``scale`` is not
+    ``itemsize`` is the bytes of the arithmetic type. ``aligned``: a thread can load neighbouring classes at once, and
+    needs not an address and a mask for each of them. ``two_exponentials``: both terms are there and ``scale`` is not
     1, so that each element has two values to keep. Where rows are looped over and too few to fill the device,
     ``class_parts`` is above 1: the block is ``summarise_kernel``'s, and that of ``forward_kernel`` is
     :func:`combine_config`'s.
@@ -126,9 +130,10 @@ def forward_config(
     if not class_contiguous:
         config = _strided(all_rows, n_classes, itemsize, n_values)
     elif n_classes <= MAX_SHORT_CLASSES:
-        return _short_rows(n_groups, n_rows, n_classes, n_values * itemsize, device.n_multiprocessors)
+        max_rows = MAX_SHORT_ROWS if aligned and n_values == 1 else MAX_SHORT_ROWS // 2
+        return _short_rows(n_groups, n_rows, n_classes, itemsize, max_rows, device.n_multiprocessors)
     else:
-        config = _one_row(n_classes, itemsize, n_values, device.max_ctas)
+        config = _one_row(n_classes, itemsize, n_values, device.max_ctas, aligned)
     if n_groups > 1 or config.block_classes >= n_classes:
         return config
     # Where rows are few, smaller steps make more programs of them.
@@ -137,10 +142,12 @@ def forward_config(
     return config if n_parts == 1 else replace(part, class_parts=n_parts)
 
 
-def _short_rows(n_groups: int, n_rows: int, n_classes: int, element_size: int, n_multiprocessors: int) -> LaunchConfig:
-    """Several rows, classes along memory. ``element_size``: bytes that a thread keeps of each element."""
+def _short_rows(
+    n_groups: int, n_rows: int, n_classes: int, itemsize: int, max_rows: int, n_multiprocessors: int
+) -> LaunchConfig:
+    """Several rows, classes along memory."""
     padded = _next_power_of_2(n_classes)
-    most_rows = SHORT_ROWS_ELEMENTS * 4 // element_size // padded
+    most_rows = min(max_rows, SHORT_ROWS_ELEMENTS * 4 // itemsize // padded)
     tile = min(padded, max(SECTOR_CLASSES, WARP_TILE_CLASSES * MIN_SHARED_WARPS // most_rows))
     n_tiles = cdiv(n_classes, tile)
     fair_rows = _next_power_of_2(cdiv(n_groups * n_rows, n_multiprocessors))  # with more, some would have none
@@ -165,19 +172,22 @@ def _strided(all_rows: int, n_classes: int, itemsize: int, n_values: int) -> Lau
     return LaunchConfig(rows, n_tiles * tile, num_warps, n_tiles)
 
 
-def _one_row(n_classes: int, itemsize: int, n_values: int, max_ctas: int) -> LaunchConfig:
+def _one_row(n_classes: int, itemsize: int, n_values: int, max_ctas: int, aligned: bool) -> LaunchConfig:
     """One row, classes along memory: in the registers of one multiprocessor, in those of a cluster, or looped over."""
     padded = _next_power_of_2(n_classes)
     cta_classes = MAX_CTA_CLASSES[itemsize] // n_values
     if padded > cta_classes * max_ctas:
-        return LaunchConfig(1, LOOP_CLASSES[itemsize], MAX_WARPS, n_values)  # two tiles: fewer registers, more work
+        if not aligned:  # classes meet in a lane only from different tiles; twice the registers for a thread
+            return LaunchConfig(1, LOOP_CLASSES[itemsize] // 2, MAX_WARPS // 2, 4)
+        # More tiles take fewer registers and more instructions.
+        return LaunchConfig(1, LOOP_CLASSES[itemsize], MAX_WARPS, 1 if n_values == 1 else 4)
     # Half a multiprocessor's registers at most, if a cluster allows: so one row is loaded while another is computed.
     num_ctas = min(max_ctas, max(1, 2 * padded // cta_classes))
     num_warps = _warps(padded // num_ctas, itemsize)
     if num_ctas > 1 and padded // num_ctas <= cta_classes // 2:
         num_warps = MAX_WARPS // 2
     # Quarters of the padded row, so that little is padding; halves where with quarters triton 3.6 spills 8 bytes.
-    is_full = num_ctas == 1 and padded * itemsize > MAX_WARPS * WARP_ELEMENTS * 4
+    is_full = aligned and num_ctas == 1 and padded * itemsize > MAX_WARPS * WARP_ELEMENTS * 4
     tile = max(padded // (2 if is_full else 4), WARP_TILE_CLASSES * num_warps * num_ctas)
     n_tiles = cdiv(n_classes, tile)
     return LaunchConfig(1, n_tiles * tile, num_warps, n_tiles, num_ctas)
@@ -277,6 +287,7 @@ def plan_forward(
 
     def choose(out_strides: tuple[int, ...]) -> tuple[RowLayout, LaunchConfig]:
         layout = row_layout(logits.row_shape, logits.row_strides, target_strides, out_strides, grad.row_strides)
+        align = alignment(n_classes, *layout.strides[0], *layout.strides[-1])
         return layout, forward_config(
             layout.n_groups,
             layout.n_rows,
@@ -284,6 +295,7 @@ def plan_forward(
             itemsize,
             device,
             class_contiguous=logits.stride_class == 1,
+            aligned=align >= MIN_VECTOR,
             two_exponentials=two_exponentials,
         )
 
@@ -295,12 +307,11 @@ def plan_forward(
     n_programs = config.n_programs(layout.n_groups, layout.n_rows)
     class_blocks, parts = cdiv(n_classes, config.block_classes), config.class_parts
     if parts == 1:
-        is_exact = n_classes == config.block_classes
-        one_group = layout.n_groups == 1
-        blocks = {"CLASS_TILES": config.class_tiles, "CLASS_BLOCKS": class_blocks, "EXACT": is_exact}
-        return ForwardPlan(plan(config, n_programs, ONE_GROUP=one_group, **blocks), None)
+        whole_tiles = n_classes // (config.block_classes // config.class_tiles) if class_blocks == 1 else 0
+        blocks = {"CLASS_TILES": config.class_tiles, "WHOLE_TILES": whole_tiles, "CLASS_BLOCKS": class_blocks}
+        return ForwardPlan(plan(config, n_programs, ONE_GROUP=layout.n_groups == 1, **blocks), None)
     combining = combine_config(config, layout.n_rows)
-    forward = plan(combining, 1, ONE_GROUP=True, CLASS_TILES=1, CLASS_BLOCKS=1, EXACT=False)
+    forward = plan(combining, 1, ONE_GROUP=True, CLASS_TILES=1, WHOLE_TILES=0, CLASS_BLOCKS=1)
     blocks = {"CLASS_TILES": config.class_tiles, "CLASS_BLOCKS": cdiv(class_blocks, parts)}
     summarise = plan(config, parts * n_programs, **blocks)
     return ForwardPlan(replace(forward, n_items=parts), replace(summarise, n_items=parts))

@@ -137,24 +137,27 @@ def tile_ptrs(row_ptrs, offs_c, stride_class):
 
 @triton.jit
 def tile_mask(exists, offs_c, n_classes):
-    """What of a tile is in the tensor."""
-    return exists[:, None] & (offs_c < n_classes)[None, :]
+    """What of a tile is in the tensor; n_classes is None where all of its classes are."""
+    if n_classes is None:
+        return exists[:, None]
+    else:
+        return exists[:, None] & (offs_c < n_classes)[None, :]
 
 
 @triton.jit
 def load_block(
     row_ptrs, first_class, stride_class, rows, n_classes, dtype: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, EVICTION: tl.constexpr
+    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, WHOLE_TILES: tl.constexpr, VECTOR: tl.constexpr,
+    EVICTION: tl.constexpr
 ):  # fmt: skip
-    """The others of a block: its tiles, -inf at the targets and outside the tensor."""
+    """The others of a block: its tiles, -inf at the targets and outside the tensor. The first WHOLE_TILES are in it."""
     TILE: tl.constexpr = BLOCK_CLASSES // CLASS_TILES
-    VECTOR: tl.constexpr = vector_of(row_ptrs)
     loaded = ()
     for i in tl.static_range(CLASS_TILES):  # all of them are under way before the first waits for its target
         offs_c = first_class + i * TILE + tl.arange(0, TILE)
         x = tl.load(
             tile_ptrs(row_ptrs, offs_c, stride_class),
-            mask=tile_mask(rows.exists, offs_c, n_classes),
+            mask=tile_mask(rows.exists, offs_c, None if i < WHOLE_TILES else n_classes),
             other=-float("inf"),
             eviction_policy=EVICTION,
         )
@@ -166,9 +169,9 @@ def load_block(
 
 
 @triton.constexpr_function
-def vector_of(ptrs):
-    """Neighbouring classes that a thread loads at once: as many as 16 bytes hold."""
-    return 128 // ptrs.dtype.element_ty.primitive_bitwidth
+def vector_of(ptr, align):
+    """Neighbouring classes that a thread loads at once: as many as 16 bytes hold, or as alignment allows."""
+    return min(align, 128 // ptr.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit
@@ -217,7 +220,7 @@ def summarise_block(others, FORM: tl.constexpr):
 @triton.jit
 def summarise_loop(
     row_ptrs, stride_class, first_block, rows, n_classes, scale, dtype: tl.constexpr, FORM: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, CLASS_BLOCKS: tl.constexpr
+    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, CLASS_BLOCKS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """The summary of each lane: of what passes through it of CLASS_BLOCKS blocks.
 
@@ -225,17 +228,17 @@ def summarise_loop(
     to the largest so far.
     """
     BLOCK_ROWS: tl.constexpr = rows.exists.shape[0]
-    VECTOR: tl.constexpr = vector_of(row_ptrs) if BLOCK_ROWS == 1 else 1
-    LANES: tl.constexpr = BLOCK_CLASSES // CLASS_TILES // VECTOR
+    PER_LANE: tl.constexpr = VECTOR if BLOCK_ROWS == 1 else 1
+    LANES: tl.constexpr = BLOCK_CLASSES // CLASS_TILES // PER_LANE
     zeros = tl.zeros([BLOCK_ROWS, LANES], dtype)
     lanes = Summary(zeros - float("inf"), zeros, zeros)
     for block in range(CLASS_BLOCKS):
         # They are read once more, for the gradient.
         others = load_block(
             row_ptrs, (first_block + block) * BLOCK_CLASSES, stride_class, rows, n_classes, dtype, BLOCK_CLASSES,
-            CLASS_TILES, EVICTION="evict_last",
+            CLASS_TILES, WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_last",
         )  # fmt: skip
-        lanes = add_block(lanes, others, scale, FORM, [BLOCK_ROWS, LANES, VECTOR])
+        lanes = add_block(lanes, others, scale, FORM, [BLOCK_ROWS, LANES, PER_LANE])
     return Summary((lanes.max,), (lanes.plain,), (lanes.scaled,))
 
 
@@ -477,19 +480,18 @@ def load_coefs(row_ptrs, upstream, exists):
 @triton.jit
 def store_gradient(
     row_ptrs, first_class, stride_class, rows, n_classes, others, coefs, scale, FORM: tl.constexpr,
-    EVICTION: tl.constexpr
+    WHOLE_TILES: tl.constexpr, VECTOR: tl.constexpr, EVICTION: tl.constexpr
 ):  # fmt: skip
     """The gradient of a block, rounded to the dtype in which it is kept; 0 in a row that takes no part."""
     TILE: tl.constexpr = others[0].shape[1]
-    VECTOR: tl.constexpr = vector_of(row_ptrs)
     dtype: tl.constexpr = row_ptrs.dtype.element_ty
     for i in tl.static_range(len(others)):
         offs_c = first_class + i * TILE + tl.arange(0, TILE)
         ptrs = tile_ptrs(row_ptrs, offs_c, stride_class)
-        mask = tile_mask(rows.exists, offs_c, n_classes)
+        mask = tile_mask(rows.exists, offs_c, None if i < WHOLE_TILES else n_classes)
         # A branch, as one row is selected as a whole. Of several rows those that take no part have coefficients of 0.
         if takes_no_part(rows):
-            tl.store(ptrs, tl.zeros(mask.shape, dtype), mask=mask, eviction_policy=EVICTION)
+            tl.store(ptrs, tl.zeros([rows.exists.shape[0], TILE], dtype), mask=mask, eviction_policy=EVICTION)
         else:
             grad = gradient(others[i], rows, first_class + i * TILE, coefs, scale, FORM, VECTOR)
             tl.store(ptrs, grad.to(dtype), mask=mask, eviction_policy=EVICTION)

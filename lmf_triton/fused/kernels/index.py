@@ -45,6 +45,7 @@ from ..rows import (
     summarise_block,
     summarise_loop,
     terms_and_slopes,
+    vector_of,
 )
 
 
@@ -74,7 +75,7 @@ def summarise_kernel(
     row_ptrs = ptrs_of(rows, logits_ptr, 0, logits_stride_row, ALIGN)
     lanes = summarise_loop(
         row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES,
-        CLASS_TILES, CLASS_BLOCKS,
+        CLASS_TILES, CLASS_BLOCKS, vector_of(logits_ptr, ALIGN),
     )  # fmt: skip
     summary = of_kept(combine(lanes, scale, FORM), rows.kept)
     store_summary(summaries_ptr, summary, part, rows, n_rows, n_parts)
@@ -104,16 +105,17 @@ def forward_kernel(
     N_TOTALS: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two: what the compiler may rely on to load several classes at once
     ONE_GROUP: tl.constexpr,  # no division for the group
-    EXACT: tl.constexpr,  # the one block holds no more than the classes
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,  # with summaries, the parts of a row
     CLASS_TILES: tl.constexpr,  # of a block
+    WHOLE_TILES: tl.constexpr,  # of these, the first so many have no padding
     CLASS_BLOCKS: tl.constexpr,  # 1: the block stays in registers between loss and gradient
 ):  # fmt: skip
     """Loss of BLOCK_ROWS rows, with their gradient or the coefficients from which backward_kernel computes it."""
+    VECTOR: tl.constexpr = vector_of(logits_ptr, ALIGN)
     dtype: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
-    n_classes = BLOCK_CLASSES if EXACT else ALIGN * n_classes
+    n_classes = BLOCK_CLASSES if WHOLE_TILES == CLASS_TILES else ALIGN * n_classes
     rows = load_rows(
         program, target_ptr, target_stride_group, target_stride_row, n_rows, n_classes, ignore_index, ONE_GROUP,
         BLOCK_ROWS,
@@ -126,13 +128,14 @@ def forward_kernel(
         parts = load_summaries(summaries_ptr, rows, n_rows, n_parts, BLOCK_CLASSES)
     elif CLASS_BLOCKS == 1:
         others = load_block(
-            row_ptrs, 0, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES, EVICTION=""
-        )
+            row_ptrs, 0, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES, WHOLE_TILES,
+            VECTOR, EVICTION="",
+        )  # fmt: skip
         parts = summarise_block(others, FORM)
     else:
         parts = summarise_loop(
             row_ptrs, logits_stride_class, 0, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES, CLASS_TILES,
-            CLASS_BLOCKS,
+            CLASS_BLOCKS, VECTOR,
         )  # fmt: skip
 
     # Combine.
@@ -157,18 +160,21 @@ def forward_kernel(
         coefs = redistribute_coefs(coefs, combined.max, BLOCK_ROWS)
         grad_rows = ptrs_of(rows, grad_ptr, grad_stride_group, grad_stride_row, ALIGN)
         if CLASS_BLOCKS == 1:
-            store_gradient(grad_rows, 0, grad_stride_class, rows, n_classes, others, coefs, scale, FORM, EVICTION="")
+            store_gradient(
+                grad_rows, 0, grad_stride_class, rows, n_classes, others, coefs, scale, FORM, WHOLE_TILES, VECTOR,
+                EVICTION="",
+            )  # fmt: skip
         else:
             # Backwards: the blocks read last are the likeliest to be in cache still.
             for block in range(CLASS_BLOCKS):
                 first_class = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES
                 again = load_block(
                     row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES,
-                    EVICTION="evict_first",
+                    WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_first",
                 )  # fmt: skip
                 store_gradient(
                     grad_rows, first_class, grad_stride_class, rows, n_classes, again, coefs, scale, FORM,
-                    EVICTION="evict_first",
+                    WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_first",
                 )  # fmt: skip
 
 
@@ -190,6 +196,7 @@ def backward_kernel(
     BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """The last step alone: the gradient of one tile from each row's coefficients, times the upstream gradient."""
+    VECTOR: tl.constexpr = vector_of(logits_ptr, ALIGN)
     dtype: tl.constexpr = coefs_ptr.dtype.element_ty
     n_classes = ALIGN * n_classes
     class_blocks = tl.cdiv(n_classes, BLOCK_CLASSES)
@@ -209,7 +216,11 @@ def backward_kernel(
 
     row_ptrs = ptrs_of(rows, logits_ptr, logits_stride_group, logits_stride_row, ALIGN)
     others = load_block(
-        row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, 1, EVICTION=""
-    )
+        row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES=1, WHOLE_TILES=0,
+        VECTOR=VECTOR, EVICTION="",
+    )  # fmt: skip
     grad_rows = ptrs_of(rows, grad_ptr, grad_stride_group, grad_stride_row, ALIGN)
-    store_gradient(grad_rows, first_class, grad_stride_class, rows, n_classes, others, coefs, scale, FORM, EVICTION="")
+    store_gradient(
+        grad_rows, first_class, grad_stride_class, rows, n_classes, others, coefs, scale, FORM, WHOLE_TILES=0,
+        VECTOR=VECTOR, EVICTION="",
+    )  # fmt: skip
