@@ -70,6 +70,7 @@ GPU_PROBLEMS = (
     TINY,
     *(_large(k * 1024, dtype) for dtype in (torch.bfloat16, torch.float32) for k in (1, 4, 16, 32, 64, 128, 256)),
     Problem("few_256k_bf16", (8, 256 * 1024), "few rows", torch.bfloat16),
+    Problem("odd_50k_bf16", (8192, 50257), "GPT-2's vocabulary: rows at odd addresses", torch.bfloat16),
     *(Problem(f"short_{n_classes}", (2**22, n_classes), "rows") for n_classes in (7, 8, 32, 256)),
     Problem("dense_2", (8, 2, 512, 1024), "masks", target_dtype=torch.uint8),
     Problem("dense_8", (8, 8, 512, 1024), "organs"),

@@ -92,13 +92,15 @@ def is_power_of_2(n: int) -> bool:
 
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("class_contiguous", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("two", [True, False])
 @pytest.mark.parametrize("device", [A100, H100], ids=["A100", "H100"])
-def test_forward_blocks(itemsize, class_contiguous, two, device):
+def test_forward_blocks(itemsize, class_contiguous, aligned, two, device):
     for n_rows, n_classes, n_groups in itertools.product([1, 5, 32, 4096, 2**22], SIZES, [1, 8]):
         config = launch.forward_config(
-            n_groups, n_rows, n_classes, itemsize, device, class_contiguous=class_contiguous, two_exponentials=two
-        )
+            *(n_groups, n_rows, n_classes, itemsize, device),
+            class_contiguous=class_contiguous, aligned=aligned, two_exponentials=two,
+        )  # fmt: skip
         tile, rest = divmod(config.block_classes, config.class_tiles)
         assert rest == 0
         assert all(map(is_power_of_2, (config.block_rows, tile, config.num_warps, config.num_ctas)))

@@ -27,7 +27,7 @@ MIN_VECTOR = 4
 WARP_TILE_CLASSES = 256
 
 # Registers of a multiprocessor hold a row of so many classes, by bytes of the arithmetic type, for MAX_WARPS warps:
-# 64 or 16 elements a thread. tests/test_compile_targets.py records what that spills.
+# 64 or 16 elements a thread. tests/test_compile_targets.py sees that nothing spills.
 MAX_CTA_CLASSES = {4: 32768, 8: 8192}
 # Multiprocessors of a cluster: the most that every device with clusters takes.
 MAX_CLUSTER = 8
@@ -124,9 +124,8 @@ def forward_config(
     all_rows, padded = _next_power_of_2(n_rows), _next_power_of_2(n_classes)
     n_values = 2 if two_exponentials else 1  # of each element
     if n_groups == 1 and all_rows * padded <= MAX_SINGLE_PROGRAM_TILE:
-        return LaunchConfig(
-            all_rows, padded, max(_warps(all_rows * padded, itemsize), MIN_SHARED_WARPS if n_rows > 1 else 1)
-        )
+        num_warps = _warps(all_rows * padded, itemsize)
+        return LaunchConfig(all_rows, padded, num_warps if n_rows == 1 else max(MIN_SHARED_WARPS, num_warps))
     if not class_contiguous:
         config = _strided(all_rows, n_classes, itemsize, n_values)
     elif n_classes <= MAX_SHORT_CLASSES:
@@ -164,9 +163,8 @@ def _strided(all_rows: int, n_classes: int, itemsize: int, n_values: int) -> Lau
     padded = _next_power_of_2(n_classes)
     rows = min(all_rows, STRIDED_ROWS, max(MIN_STRIDED_ROWS, STRIDED_ELEMENTS // size // padded))
     classes = min(n_classes, STRIDED_ELEMENTS // size // rows)  # of one step, if there are more
-    num_warps = min(
-        MAX_WARPS, max(MIN_SHARED_WARPS, _next_power_of_2(cdiv(rows * classes * size, STRIDED_WARP_ELEMENTS)))
-    )
+    wanted_warps = _next_power_of_2(cdiv(rows * classes * size, STRIDED_WARP_ELEMENTS))
+    num_warps = min(MAX_WARPS, max(MIN_SHARED_WARPS, wanted_warps))
     tile = min(padded, WARP_TILE_CLASSES // size * num_warps // rows)
     n_tiles = cdiv(classes, tile)
     return LaunchConfig(rows, n_tiles * tile, num_warps, n_tiles)
