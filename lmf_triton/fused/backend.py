@@ -24,7 +24,8 @@ INTERPRETED = not isinstance(index.forward_kernel, triton.JITFunction)
 # Triton 3.10 is to change the default of this one. Results are within the tests' bounds either way.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
-TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+_MAJOR, _MINOR, *_ = triton.__version__.split(".")
+TRITON_VERSION = int(_MAJOR), int(_MINOR)
 # For which launches are chosen where there is no device: kernels that are interpreted, or compiled only.
 H100 = launch.Device(132, (9, 0), TRITON_VERSION)
 
