@@ -1,9 +1,9 @@
 """How the kernels are launched: pure functions from shapes and strides to frozen configurations and plans.
 
 Nothing here touches a tensor or a device, so every choice can be tested and compiled on a machine without a GPU. A
-*configuration* is a choice for one kernel: its tile and its warps. A *plan* is all of a kernel's launches for tensors
+*configuration* is a choice for one kernel: its block and its warps. A *plan* is all of a kernel's launches for tensors
 of some shapes and strides; plans are kept, since a training loop asks for the same few in every step. What a choice
-depends on is an argument, also what it wants to know of the device, as the number of its multiprocessors is now.
+depends on is an argument, also what it wants to know of the device and of the compiler: a ``Device``.
 """
 
 import math

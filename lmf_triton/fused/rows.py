@@ -3,8 +3,9 @@
 Numerics: every reduction runs over the classes other than the target ("the others"), and every exponent is a
 difference to their largest logit. So neither 1 - p nor -log(p) is ever formed by a subtraction.
 
-Fields of these tuples have one value a row; a ``Summary`` may also be that of parts of rows, along axis 1. A field for
-exponentials that the loss does not need is 0, and nothing is compiled for it.
+Fields of these tuples have one value a row. A ``Summary`` may also be that of parts of rows: its fields are then tuples
+of tiles, or for the lanes of a loop one tile. A field for exponentials that the loss does not need is 0, and nothing is
+compiled for it.
 
 Two constexprs say what is compiled: FORM, a ``Form``, and RULE, the ``Rule`` of the reduction (reduction.py).
 """
