@@ -116,9 +116,9 @@ def test_more_than_2_to_the_31_elements():
     logits[-1] = torch.linspace(-3, 3, n_classes)
     target[-1] = n_classes // 2
     leaf = logits.requires_grad_()
-    lmf_loss(leaf, target, reduction="sum").backward()
+    (0.5 * lmf_loss(leaf, target, reduction="sum")).backward()  # not 1, so that every element is multiplied
     last = logits.detach()[-1:].clone().requires_grad_()
-    lmf_loss(last, target[-1:], reduction="sum").backward()
+    (0.5 * lmf_loss(last, target[-1:], reduction="sum")).backward()
     assert torch.equal(leaf.grad[-1:], last.grad)
 
 

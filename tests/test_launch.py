@@ -300,6 +300,13 @@ def test_every_plan_says_what_divides_classes_and_strides():
     assert all(plan.strides[0][1] == 125 for plan in plans[:3])
 
 
+def test_numbers_beyond_32_bits_are_seen_as_such():
+    """In units of ALIGN, 2^31 elements of a dense gradient would fit 32 bits; times ALIGN they would not."""
+    for n_elements in 2**31, 2**32 + 2**20:
+        plan = launch.plan_upstream(axes((n_elements,), (1,)), (), 4)
+        assert (plan.meta["ALIGN"], plan.n_classes) == (1, n_elements)
+
+
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("along_rows", [True, False])
 def test_elementwise_tiles(itemsize, along_rows):

@@ -154,17 +154,17 @@ def test_target_and_logits_are_not_copied(triton_device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "stride"),
-    [(2, 2**31 + 5), (3, 2**30 + 5), (2100, 2**20 + 5)],
-    ids=["stride", "stride x index", "class loop"],
+    ("n", "n_classes", "stride"),
+    [(2, 7, 2**31 + 5), (2, 16, 2**31 + 16), (3, 7, 2**30 + 5), (2100, 7, 2**20 + 5)],
+    ids=["stride", "stride that is a multiple of 16", "stride x index", "class loop"],
 )
 @pytest.mark.parametrize("grad_in_forward", MODES)
-def test_offsets_beyond_2_to_the_31(triton_device, n, stride, grad_in_forward):
+def test_offsets_beyond_2_to_the_31(triton_device, n, n_classes, stride, grad_in_forward):
     """Rows or classes more than 2**31 elements apart in a buffer that is reserved but, between them, never touched."""
     if triton_device.type == "cuda" and torch.cuda.get_device_properties(triton_device).total_memory < 12 * 2**30:
         pytest.skip("needs 5 GB of GPU memory")
-    buffer = torch.empty((n - 1) * stride + 7, dtype=torch.float16, device=triton_device)
-    for shape, strides in ((n, 7), (stride, 1)), ((3, n), (1, stride)):  # far rows; far classes
+    buffer = torch.empty((n - 1) * stride + n_classes, dtype=torch.float16, device=triton_device)
+    for shape, strides in ((n, n_classes), (stride, 1)), ((3, n), (1, stride)):  # far rows; far classes
         if shape[0] > 3:
             continue  # thousands of rows add nothing to a few
         case = make_case(shape, torch.float16).to(triton_device)

@@ -23,7 +23,7 @@ MAX_WARPS = 16
 WARP_ELEMENTS = 1024
 # Classes that a thread should load at once; with fewer, addresses and masks of single ones take its registers.
 MIN_VECTOR = 4
-# A tile has at least so many classes for each warp: 8 a thread, 16 bytes of half logits, which is one load.
+# Elements of a tile for each warp, where there are as many: 8 a thread, 16 bytes of half logits, which is one load.
 WARP_TILE_CLASSES = 256
 
 # Registers of a multiprocessor hold a row of so many classes, by bytes of the arithmetic type, for MAX_WARPS warps:
@@ -373,7 +373,8 @@ def _plan(
     ALIGN elements.
     """
     with_classes = (each for each, stride in zip(layout.strides, class_strides, strict=True) if stride is not None)
-    align = alignment(n_classes, *chain.from_iterable(with_classes))
+    # A number of classes beyond 32 bits must be seen as such: kernels multiply by ALIGN in the width of what they get.
+    align = alignment(n_classes, *chain.from_iterable(with_classes)) if n_classes < 2**31 else 1
     meta |= {
         "ALIGN": align,
         "BLOCK_ROWS": config.block_rows,

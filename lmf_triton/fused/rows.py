@@ -99,15 +99,22 @@ def load_rows(
 
 
 @triton.jit
-def row_ptrs(ptr, group, first, stride_group, stride_row, BLOCK_ROWS: tl.constexpr):
-    """Where each row starts in a tensor. The first one's address is made of scalars, which cost a thread nothing."""
-    return ptr + (group * stride_group + first * stride_row) + tl.arange(0, BLOCK_ROWS).to(tl.int64) * stride_row
+def row_ptrs(
+    ptr, group, first, stride_group, stride_row, BLOCK_ROWS: tl.constexpr, UNIT: tl.constexpr = 1
+):  # fmt: skip
+    """Where each row starts in a tensor with strides in units of UNIT elements.
+
+    The first row's address is made of scalars, which cost a thread nothing. Products are of 64 bits before they meet
+    UNIT, since a stride in such units may be the one that fits 32.
+    """
+    first_row = UNIT * (group * stride_group + first * stride_row)
+    return ptr + first_row + UNIT * (tl.arange(0, BLOCK_ROWS).to(tl.int64) * stride_row)
 
 
 @triton.jit
 def ptrs_of(rows, ptr, stride_group, stride_row, UNIT: tl.constexpr = 1):
-    """Where each of these rows starts in a tensor with strides in units of UNIT elements."""
-    return row_ptrs(ptr, rows.group, rows.first, UNIT * stride_group, UNIT * stride_row, rows.exists.shape[0])
+    """Where each of these rows starts in a tensor."""
+    return row_ptrs(ptr, rows.group, rows.first, stride_group, stride_row, rows.exists.shape[0], UNIT)
 
 
 @triton.jit
