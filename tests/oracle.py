@@ -55,9 +55,17 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Case":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        tensors = {name: _moved(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        options = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         return replace(self, **tensors, options=options)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor with its storage on another device: ``Tensor.to`` would change strides that are not dense."""
+    if tensor.device == device:
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def make_case(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, with_margins=True, **options) -> Case:
