@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 5
 FLUSH_BYTES = 2**30  # more than the L2 cache of any GPU; to write and read it takes an H100 about 0.7 ms
+FLUSHES = 4  # the host of an H100 took more than 0.7 ms to launch one step of eager LMF, or ours with its sums
 CALLS_PER_GRAPH = 20  # so that the host's work for a replay does not count
 CALLS_PER_SAMPLE = 100  # of a launch-bound call on the GPU, so that one synchronisation at the end does not count
 
@@ -76,7 +77,8 @@ def device_times(
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # While this runs, the host gets ahead, so that launches do not count. The reading writes back what the writing
         # left in the cache.
-        flush.zero_().sum()
+        for _ in range(FLUSHES):
+            flush.zero_().sum()
         start.record(stream)
         calls[name](*arguments)
         end.record(stream)

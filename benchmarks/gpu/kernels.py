@@ -51,7 +51,9 @@ def kernel_times(problem: Problem, device: torch.device) -> tuple[float, dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=[p.name for p in GPU_PROBLEMS], metavar="NAME")
+    parser.add_argument(
+        "--problems", nargs="+", choices=PROBLEMS, default=[p.name for p in GPU_PROBLEMS], metavar="NAME"
+    )
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/<device>)")
     arguments = parser.parse_args()
     device = torch.device("cuda")
