@@ -1,42 +1,17 @@
-"""The autograd rule of the loss, the same for every backend: what is kept for backward, and who may overwrite it."""
+"""The derivative of the loss, the same for every backend: what is kept for backward, and who may overwrite it."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks
+from . import checks, ops
+from .devices import Backend
 from .options import Keep, LossOptions
 
 _AUTOGRAD = getattr(torch._C, "_autograd", None)  # its private questions, which may go away
-
-
-class Backend(Protocol):
-    """What computes the loss: the module ``plain`` or ``fused.backend``."""
-
-    def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        margins: Tensor | None,
-        weight: Tensor | None,
-        options: LossOptions,
-        *,
-        keep: Keep,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss; and to keep for backward: nothing, the gradient, or what :meth:`backward` computes it from."""
-        ...
-
-    def backward(self, kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
-        """The gradient of the logits from what :meth:`forward` kept as "coefs"."""
-        ...
-
-    def apply_upstream(self, grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
-        """``upstream * grad``, in new memory or where the gradient lies."""
-        ...
 
 
 class LMFFunction(Function):
@@ -76,6 +51,8 @@ class LMFFunction(Function):
         link, *saved = ctx.saved_tensors
         if ctx.strides_for_hooks is not None:
             saved = [_laid_out(*kept) for kept in zip(saved, ctx.strides_for_hooks, strict=True)]
+        if ops_are_needed(upstream):
+            return _gradient_by_operators(ctx, link, saved, upstream), *(None,) * 6
         if not torch.is_grad_enabled():
             return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 6
         with torch.no_grad():  # create_graph=True
@@ -107,10 +84,155 @@ class _FirstOrderOnly(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise RuntimeError(
-            "lmf_loss has no second derivative: its gradient cannot be differentiated again "
-            "(double backward, as in gradient penalties or torch.autograd.gradgradcheck)"
-        )
+        raise checks.no_second_derivative()
+
+
+class OperatorFunction(Function):
+    """Loss with an analytic gradient from the operators: the derivative of ``lmf_triton::forward``.
+
+    With ``setup_context``, which torch.func asks for, and eager mode would pay for in every call.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """What the operator returns, and an empty tensor as in :class:`LMFFunction`."""
+        logits: Tensor = arguments[0]
+        return *torch.ops.lmf_triton.forward(*arguments), logits.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ignore_index, reduction, keep_grad, _ = inputs
+        _, grad, coefs, link = output
+        ctx.mark_non_differentiable(grad, coefs)
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.keep_grad = (ignore_index, reduction), keep_grad
+        ctx.save_for_backward(link, *((grad,) if keep_grad else (coefs, *tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        others = (None,) * (ops.N_ARGUMENTS + 1)
+        if upstream is None:
+            return None, *others
+        checks.check_plain("the upstream gradient", upstream)
+        link, kept, *tensors = ctx.saved_tensors
+        if ctx.keep_grad:
+            return GradientOfUpstream.apply(link, upstream, kept), *others
+        return GradientOfProblem.apply(link, upstream, kept, *tensors, *ctx.settings), *others
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise checks.no_forward_mode("an argument")
+
+
+class _OperatorGradient(Function):
+    """The gradient by an operator, tied to what it was computed from as by :class:`_FirstOrderOnly`."""
+
+    generate_vmap_rule = True
+    # Dynamo, which may trace this one, counts the parameters of forward: none of them is starred.
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise checks.no_second_derivative()
+
+
+class GradientOfUpstream(_OperatorGradient):
+    """From the gradient that was kept."""
+
+    @staticmethod
+    def forward(link: Tensor, upstream: Tensor, grad: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.lmf_triton.apply_upstream(grad, upstream))
+
+
+class GradientOfProblem(_OperatorGradient):
+    """From the coefficients that were kept."""
+
+    @staticmethod
+    def forward(
+        link: Tensor,
+        upstream: Tensor,
+        coefs: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        margins: Tensor | None,
+        weight: Tensor | None,
+        numbers: Tensor,
+        ignore_index: int,
+        reduction: str,
+    ) -> Tensor:
+        problem = logits, target, margins, weight, numbers, ignore_index, reduction
+        return cast(Tensor, torch.ops.lmf_triton.backward(*problem, coefs, upstream))
+
+
+def _forward_with_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """``lmf_triton::forward`` where autograd looks: with a graph, if one is wanted."""
+    if torch.is_grad_enabled() and arguments[0].requires_grad:
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "lmf_loss does not support torch.func.functionalize within a torch.func.grad: the other way round works"
+            )
+        outputs: tuple[Tensor, ...] = OperatorFunction.apply(*arguments)
+        return outputs[:3]
+    with torch._C._AutoDispatchBelowAutograd():
+        operator = torch.ops.lmf_triton.forward.default
+        below: tuple[Tensor, ...] = operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+    return below
+
+
+def by_operator(*arguments: Any) -> Tensor:
+    """The loss by ``lmf_triton::forward``."""
+    if _transforms_need_function():
+        loss: Tensor = OperatorFunction.apply(*arguments)[0]
+        return loss
+    loss, *_ = torch.ops.lmf_triton.forward(*arguments)
+    return loss
+
+
+def _transforms_need_function() -> bool:
+    """Whether a transform of torch.func would not see a Function within an operator."""
+    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    nearest = functorch.peek_interpreter_stack().key()
+    return nearest != functorch.TransformType.Functionalize  # which has no rule for a Function
+
+
+ops.LIBRARY.impl("forward", _forward_with_derivative, "Autograd", with_keyset=True)
+
+
+def ops_are_needed(*tensors: Tensor | None) -> bool:
+    """Whether these tensors, or what surrounds the call, are about more than values in memory."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return any(tensor is not None and _is_special(tensor) for tensor in tensors)
+
+
+def _is_special(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return (
+        tensor.is_meta
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or functorch.is_legacy_batchedtensor(tensor)  # autograd's own batches, of is_grads_batched
+    )
+
+
+def _gradient_by_operators(ctx: Any, link: Tensor, saved: list[Any], upstream: Tensor) -> Tensor:
+    """The gradient from what :class:`LMFFunction` saved."""
+    gradient: Tensor
+    if ctx.grad_in_forward:
+        gradient = GradientOfUpstream.apply(link, upstream, *saved)
+        return gradient
+    *tensors, coefs = saved
+    coefs = link if coefs is None else coefs  # link is empty too
+    gradient = GradientOfProblem.apply(link, upstream, coefs, *ops.problem_of(*tensors, ctx.options))
+    return gradient
 
 
 def _graph_is_kept() -> bool:

@@ -24,6 +24,8 @@ def check_options(
     alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
 ) -> LossOptions:
     """The options as one value, or a TypeError or ValueError that says which is wrong."""
+    if torch.compiler.is_compiling():  # Dynamo warns of a cache
+        return _check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     try:
         return _known_options(alpha, beta, gamma, scale, ignore_index, reduction)
     except TypeError:  # not hashable, or wrong indeed
@@ -152,24 +154,23 @@ def check_plain(name: str, tensor: Tensor) -> None:
     # Outside any dual level, as nearly always, there are no tangents.
     in_dual_level = getattr(forward_ad, "_current_level", 0) >= 0
     if in_dual_level and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(
-            "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
-            f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
-        )
-    if not torch.compiler.is_compiling() and _is_wrapped(tensor):  # Dynamo warns of what it cannot trace
-        raise NotImplementedError(
-            "lmf_loss does not support torch.func yet (grad, vmap, functionalize, jacobian(vectorize=True), "
-            f"is_grads_batched): {name} is wrapped by one of its transforms"
-        )
+        raise no_forward_mode(name)
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether any level of torch.func's transforms holds this tensor: its derivatives there would be lost."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._are_functorch_transforms_active():
-        is_functional: bool = torch._is_functional_tensor(tensor)  # pyright: ignore[reportPrivateImportUsage]
-        return is_functional or functorch.is_functorch_wrapped_tensor(tensor)
-    return functorch.is_legacy_batchedtensor(tensor)  # autograd's own batches of upstream gradients
+def no_forward_mode(name: str) -> NotImplementedError:
+    """The error for a derivative in forward mode."""
+    return NotImplementedError(
+        "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
+        f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
+    )
+
+
+def no_second_derivative() -> RuntimeError:
+    """The error for a derivative of the gradient."""
+    return RuntimeError(
+        "lmf_loss has no second derivative: its gradient cannot be differentiated again "
+        "(double backward, as in gradient penalties or torch.autograd.gradgradcheck)"
+    )
 
 
 def check_readable(**tensors: Tensor | None) -> None:

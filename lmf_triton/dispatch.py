@@ -1,33 +1,15 @@
-"""Which backend computes a loss, and which way leads into it: with autograd or without."""
+"""Which way leads to a loss: with autograd or without, past the operators or through them."""
 
 import torch
 from torch import Tensor
 
-from . import checks, plain
-from .autograd import Backend, LMFFunction
+from . import checks, devices, ops
+from .autograd import LMFFunction, by_operator, ops_are_needed
 from .options import LossOptions
 from .shapes import class_axis
 
-try:
-    from .fused import backend as fused
-except ImportError:  # Triton is not installed
-    fused = None  # type: ignore[assignment]
-
-
-def backend_of(logits: Tensor) -> Backend:
-    """The module that computes the loss on the device of the logits."""
-    device = logits.device.type
-    if device == "cpu":
-        return fused if fused is not None and fused.INTERPRETED else plain
-    if device != "cuda":
-        raise ValueError(f"logits must be on a CPU or CUDA (or ROCm) device, got {logits.device}")
-    if fused is None:
-        raise ValueError(f"logits on {logits.device} need Triton, which is not installed: pip install triton")
-    return fused
-
 
 def evaluate(
-    backend: Backend,
     logits: Tensor,
     target: Tensor,
     margins: Tensor | None,
@@ -37,15 +19,30 @@ def evaluate(
     check_target: bool,
 ) -> Tensor:
     """The loss of checked arguments, with a graph where the logits want one."""
+    wants_gradient = logits.requires_grad and torch.is_grad_enabled()
+    by_default = not options.rule.per_sample and logits.dtype != torch.float16
+    if ops_are_needed(logits, target, margins, weight):
+        if grad_in_forward is None:
+            # An operator may not overwrite the gradient that was kept. To scale a copy of it costs a GPU more than to
+            # compute it in backward, and a CPU less.
+            grad_in_forward = by_default and logits.device.type == "cpu"
+        # A trace is for calls with and without gradient: it keeps nothing, and backward computes what it needs.
+        keep = wants_gradient and not torch.jit.is_tracing()
+        keep_grad = keep and grad_in_forward
+        n_coefs = devices.backend_of(logits).N_COEFS if keep and not keep_grad else 0
+        problem = ops.problem_of(logits, target, margins, weight, options)
+        return by_operator(*problem, keep_grad, n_coefs)
+
     logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
     margins = None if margins is None else checks.without_lazy_bits(margins)
     weight = None if weight is None else checks.without_lazy_bits(weight)
-    if check_target and backend is fused:  # the plain backend always checks
+    backend = devices.backend_of(logits)
+    if check_target and backend is devices.fused:  # the plain backend always checks
         checks.check_target(target, logits.shape[class_axis(logits.shape)], options.ignore_index)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
+    if not wants_gradient:
         return backend.forward(logits, target, margins, weight, options, keep="nothing")[0]
     if grad_in_forward is None:
-        grad_in_forward = not options.rule.per_sample and logits.dtype != torch.float16
+        grad_in_forward = by_default
     loss: Tensor
     loss, _ = LMFFunction.apply(logits, target, margins, weight, options, grad_in_forward, backend)
     return loss

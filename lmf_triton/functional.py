@@ -1,9 +1,9 @@
 """The loss as a function."""
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checks, dispatch
-from .dispatch import backend_of as _backend
 
 
 def lmf_loss(
@@ -73,8 +73,23 @@ def lmf_loss(
         (https://arxiv.org/abs/2212.12741); Cao et al. 2019 for LDAM (https://arxiv.org/abs/1906.07413);
         Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002).
     """
+    tensors = (logits, target, margins, weight)
+    if has_torch_function(tensors):  # subclasses decide what becomes of a call, as of PyTorch's own functions
+        return handle_torch_function(  # type: ignore[no-any-return]
+            lmf_loss,
+            tensors,
+            *tensors[:3],
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            scale=scale,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            grad_in_forward=grad_in_forward,
+            check_target=check_target,
+        )
     options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     checks.check_tensors(logits, target, margins, weight)
     checks.check_grad_in_forward(grad_in_forward)
-    backend = _backend(logits)
-    return dispatch.evaluate(backend, logits, target, margins, weight, options, grad_in_forward, check_target)
+    return dispatch.evaluate(logits, target, margins, weight, options, grad_in_forward, check_target)

@@ -40,9 +40,6 @@ class LossModule(nn.Module):
     weight: Tensor | None
     __call__: Callable[..., Tensor]
     _settings: tuple[str, ...] = ()
-    _given: dict[str, Tensor | None]  # the buffers that were handed in or assigned, as they were then
-    _without_values: set[str]  # those that were on the meta device; NaN holds their place
-    _new_margins: Callable[[], Tensor]  # from the class counts
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -60,11 +57,14 @@ class LossModule(nn.Module):
         super().__init__()
         self.ignore_index: int = ignore_index
         self.reduction: str = reduction
-        self._given, self._without_values = {}, set()
+        self._given: dict[str, Tensor | None] = {}  # the buffers that were handed in or assigned, as they were then
+        self._without_values: set[str] = set()  # those that were on the meta device; NaN holds their place
         margins = None
         if "max_margin" in self._settings:
             margins = ldam_margins(class_counts, max_margin=max_margin)
-            self._new_margins = partial(ldam_margins, counts_in_order(class_counts), max_margin=max_margin)
+            self._new_margins: Callable[[], Tensor] = partial(
+                ldam_margins, counts_in_order(class_counts), max_margin=max_margin
+            )
         check_per_class("weight", weight, None if margins is None else len(margins))
         super().register_buffer("margins", margins)
         self.register_buffer("weight", weight)
@@ -76,6 +76,7 @@ class LossModule(nn.Module):
     def _check_settings(self) -> None:
         check_options(**self._terms(), ignore_index=self.ignore_index, reduction=self.reduction)
 
+    @torch.jit.unused  # a model that holds a loss may be scripted; the loss itself is not for it
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if self._without_values:
             self._check_values()

@@ -33,6 +33,8 @@ SOFTMAX_CLASSES = 32
 
 LOG2_E = math.log2(math.e)  # PyTorch takes exp2 in a third of exp's time, or less
 
+N_COEFS = 0  # numbers of a sample that are kept for backward
+
 BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in fused/math.py
 
 
@@ -94,13 +96,13 @@ def forward(
     grad = torch.empty_like(logits) if keep == "gradient" else None
     loss = _evaluate(logits, target, margins, weight, options, grad)
     if keep == "coefs":
-        return loss, (logits, target, margins, weight)
+        return loss, (logits, target, margins, weight, None)
     return loss, () if grad is None else (grad,)
 
 
 def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
     """The gradient of the logits, computed anew from the loss's own arguments."""
-    logits, target, margins, weight = kept
+    logits, target, margins, weight, _ = kept
     assert logits is not None and target is not None
     grad = torch.empty_like(logits)
     _evaluate(logits, target, margins, weight, options, grad, upstream)

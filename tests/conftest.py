@@ -19,7 +19,7 @@ if not HAS_GPU:
 
 from oracle import PATHS  # noqa: E402
 
-from lmf_triton import functional, plain  # noqa: E402
+from lmf_triton import devices, plain  # noqa: E402
 
 # The same draws in every run; `pytest --hypothesis-profile=long` draws new ones, for half an hour.
 if hypothesis is not None:
@@ -76,7 +76,7 @@ def path(request, monkeypatch) -> str:
     way as well, in the tests of values: elsewhere it would find nothing that "cpu" does not.
     """
     if request.param != "kernel":
-        monkeypatch.setattr(functional, "_backend", lambda logits: plain)
+        monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
     if request.param == "cpu, softmax":
         monkeypatch.setattr(plain, "SOFTMAX_CLASSES", 1)
     if request.param == "cpu, extreme":  # every sample is taken for one

@@ -23,7 +23,7 @@ from benchmarks import measure
 from benchmarks.accuracy import __main__ as experiment
 from benchmarks.accuracy import command, models, protocol, report, results, sweep
 from benchmarks.accuracy.data import Dataset
-from lmf_triton import class_balanced_weights, functional, plain
+from lmf_triton import class_balanced_weights, devices, plain
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ QUICK_LOSSES = ["cross-entropy", "lmf", "lmf-drw"]
 def plain_pytorch():
     """Train through the CPU path: what is tested here is not the kernels. And leave this process's malloc alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_backend", lambda logits: plain)
+        patch.setattr(devices, "backend_of", lambda logits: plain)
         patch.setattr(measure, "keep_freed_memory", lambda: None)
         yield
 

@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lmf_triton
-from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, functional, ldam_margins, lmf_loss, plain
+from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, devices, ldam_margins, lmf_loss, plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
@@ -204,7 +204,7 @@ def test_lengths_are_compared_rightly_under_torch_compile(dynamic):
     """Symbolic, margins as a bare tensor: of the right length they pass, of another they are refused."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:  # Dynamo cannot look into Triton's interpreter
-        patch.setattr(functional, "_backend", lambda logits: plain)
+        patch.setattr(devices, "backend_of", lambda logits: plain)
         compiled = torch.compile(lmf_loss, dynamic=dynamic, backend="eager")
         for n_classes in (3, 5, 8):
             generator = torch.Generator().manual_seed(n_classes)

@@ -7,7 +7,7 @@ import torch
 from oracle import PATHS, REDUCTIONS, Case, assert_accurate, evaluate, evaluate_reference, make_case, pairwise
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from lmf_triton import FocalLoss, LMFLoss, functional, ldam_margins, lmf_loss, plain
+from lmf_triton import FocalLoss, LMFLoss, devices, ldam_margins, lmf_loss, plain
 from lmf_triton.autograd import LMFFunction
 from lmf_triton.fused import launch
 from reference import lmf as reference
@@ -203,7 +203,7 @@ def test_float16_gradients_of_a_mean_survive_a_loss_scale(device):
     In the interpreter a thousand samples stand for the million: their mean counts for a thousandth.
     """
     n_samples, loss_scale = 1_000_000, 65536.0
-    is_interpreted = device.type == "cpu" and functional._backend(torch.empty(0)) is not plain
+    is_interpreted = device.type == "cpu" and devices.backend_of(torch.empty(0)) is not plain
     n = 1000 if is_interpreted else n_samples
     row = torch.tensor([[2.0, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
     reference.lmf_loss(row, torch.tensor([0])).backward()
@@ -281,7 +281,7 @@ def test_ignored_samples_stay_zero_under_any_upstream(device, grad_in_forward, r
 
 def test_the_cpu_path_works_through_chunks(monkeypatch):
     """Chunks of a few samples, the last one shorter, give what one chunk gives."""
-    monkeypatch.setattr(functional, "_backend", lambda logits: plain)
+    monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
     for shape in (33, 7), (5, 7, 3):
         for reduction in REDUCTIONS:
             case = make_case(shape, torch.float64, reduction=reduction)
@@ -289,7 +289,7 @@ def test_the_cpu_path_works_through_chunks(monkeypatch):
             monkeypatch.setattr(plain, "CHUNK_ELEMENTS", 2 * case.logits[0].numel())
             pieces = evaluate(case)
             monkeypatch.undo()
-            monkeypatch.setattr(functional, "_backend", lambda logits: plain)
+            monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
             for one, other in zip(whole, pieces, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracle import make_case, pairwise
 
-from lmf_triton import LMFLoss, dispatch, functional, lmf_loss, plain
+from lmf_triton import LMFLoss, devices, lmf_loss, plain
 from reference import lmf as reference
 
 
@@ -202,7 +202,7 @@ def test_dense_logits_pay_for_a_permute(triton_device, monkeypatch):
 
 def test_this_file_runs_through_both_paths(device):
     """A test that runs the wrong path never fails."""
-    backend = functional._backend(torch.zeros(1, device=device))
-    assert backend in (plain, dispatch.fused)
+    backend = devices.backend_of(torch.zeros(1, device=device))
+    assert backend in (plain, devices.fused)
     if device.type == "cuda":
-        assert backend is dispatch.fused
+        assert backend is devices.fused

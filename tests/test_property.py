@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import WAYS, every_way
 from torch import Tensor
 
-from lmf_triton import functional, lmf_loss, plain
+from lmf_triton import devices, lmf_loss, plain
 
 SAFETY = 8  # roundings that a result may pass through beside those of its exponents
 IGNORE_INDEX = 127  # held by every integer type, and never a class here
@@ -168,7 +168,7 @@ def test_loss_and_gradient_stay_within_their_bounds(device, drawn):
     # The gradient is rounded to the logits' dtype, and once more where it was stored before its upstream was known.
     # Below the smallest normal number it is off by a step of the subnormals; in Triton's interpreter, which narrows
     # float32 subnormals to bfloat16 wrongly, by that number itself.
-    is_interpreted = leaf.device.type == "cpu" and functional._backend(leaf) is not plain
+    is_interpreted = leaf.device.type == "cpu" and devices.backend_of(leaf) is not plain
     step = stored.tiny * (1 if is_interpreted and leaf.dtype == torch.bfloat16 else stored.eps)
     subnormal = step * (1 + drawn.upstream.abs().amax())
     assert_within(grad.cpu(), expected.grad, expected.grad_bound + 2 * (stored.eps * expected.grad.abs() + subnormal))

@@ -18,7 +18,7 @@ from oracle import (
     pairwise,
 )
 
-from lmf_triton import functional, lmf_loss, plain
+from lmf_triton import devices, lmf_loss, plain
 
 INF, NAN = math.inf, math.nan
 OPTIONS = [
@@ -152,7 +152,7 @@ def test_a_margin_whose_exponential_has_few_bits(device):
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("options", [{"weight": 1e38}, {"weight": 1e30, "alpha": 1e30}], ids=str)
 def test_on_the_cpu_the_sum_of_weights_and_a_weighted_coefficient_may_leave_the_range(monkeypatch, options, scale):
-    monkeypatch.setattr(functional, "_backend", lambda logits: plain)
+    monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
     options = {**options, "weight": torch.full((7,), options["weight"]), "scale": scale}
     case = make_case((24, 7), torch.float32, **options)
     _, grad = evaluate(case)

@@ -96,7 +96,7 @@ def forward(
 
 def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
     """The gradient of the logits, from what :func:`forward` kept as "coefs"."""
-    logits, target, coefs = kept
+    logits, target, *_, coefs = kept
     assert logits is not None and target is not None and coefs is not None
     checks.check_readable(upstream=upstream)
     grad = torch.empty_like(logits)
@@ -270,7 +270,7 @@ def _of_no_samples(
 def _kept(keep: Keep, grad: Tensor | None, inputs: Inputs, coefs: Tensor | None) -> tuple[Tensor | None, ...]:
     if keep == "gradient":
         return (grad,)
-    return (inputs.logits, inputs.target, coefs) if keep == "coefs" else ()
+    return (inputs.logits, inputs.target, None, None, coefs) if keep == "coefs" else ()
 
 
 def _empty_losses(inputs: Inputs, options: LossOptions, n_partials: int) -> Tensor:

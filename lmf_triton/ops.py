@@ -1,0 +1,250 @@
+"""The loss as PyTorch operators, for what looks at a program before it runs, or runs it transformed.
+
+``torch.compile``, ``torch.export``, fake tensors, ``torch.func`` and subclasses with ``__torch_dispatch__`` meet
+operators ``lmf_triton::...`` where eager mode calls a backend: there an operator would cost more than all else that the
+host does. For each: what it does, what it allocates where tensors have no values, and what it does with a batch of
+problems, which is its rule for vmap. Their derivative is autograd.py's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import devices
+from .options import Keep, LossOptions
+from .reduction import RULES
+from .shapes import arithmetic_dtype, class_axis
+
+
+class Problem(NamedTuple):
+    """What a loss is computed from."""
+
+    logits: Tensor
+    target: Tensor
+    margins: Tensor | None
+    weight: Tensor | None
+    # alpha, beta, gamma, scale: float64 on the CPU. A number in a schema would be a constant of a compiled graph, and
+    # each new value a new graph; a tensor on another device would have to be waited for.
+    numbers: Tensor
+    ignore_index: int
+    reduction: str
+
+    @property
+    def options(self) -> LossOptions:
+        return LossOptions(*self.numbers.tolist(), self.ignore_index, self.reduction)
+
+
+N_ARGUMENTS = len(Problem._fields)
+PROBLEM = (
+    "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor numbers, int ignore_index, str reduction"
+)
+SCHEMAS = {
+    # The arguments say what is allocated, and nothing else does: compiled graphs are kept on disk. What is not kept is
+    # empty.
+    "forward": f"({PROBLEM}, bool keep_grad, int n_coefs) -> (Tensor loss, Tensor grad, Tensor coefs)",
+    "backward": f"({PROBLEM}, Tensor coefs, Tensor upstream) -> Tensor",
+    "apply_upstream": "(Tensor grad, Tensor upstream) -> Tensor",
+}
+_ops = torch.ops.lmf_triton
+
+
+def problem_of(
+    logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None, options: LossOptions
+) -> Problem:
+    """The arguments of a loss in the form that operators take."""
+    numbers = options.alpha, options.beta, options.gamma, options.scale
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    stacked = torch.stack([zero + number for number in numbers])
+    return Problem(logits, target, margins, weight, stacked, options.ignore_index, options.reduction)
+
+
+# On values in memory.
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and coefficients, of which those that are not to be kept are empty."""
+    *problem, keep_grad, n_coefs = arguments
+    problem = Problem(*problem)
+    keep: Keep = "gradient" if keep_grad else "coefs" if n_coefs > 0 else "nothing"
+    loss, kept = devices.backend_of(problem.logits).forward(*problem[:4], problem.options, keep=keep)
+    grad, coefs = problem.logits.new_empty(0), loss.new_empty(0)
+    if keep == "gradient":
+        (grad,) = kept
+    elif keep == "coefs":
+        *_, coefs = kept
+    return loss, grad, coefs
+
+
+def backward(*arguments: Any) -> Tensor:
+    """The gradient of the logits from the coefficients, which may not have been kept, times the upstream gradient."""
+    problem, (coefs, upstream) = Problem(*arguments[:N_ARGUMENTS]), arguments[N_ARGUMENTS:]
+    backend = devices.backend_of(problem.logits)
+    if coefs.numel() == 0 and backend.N_COEFS > 0:
+        *_, coefs = forward(*problem, False, backend.N_COEFS)
+    return backend.backward((*problem[:4], coefs), upstream, problem.options)
+
+
+def apply_upstream(grad: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient that was kept, times the upstream gradient."""
+    return devices.backend_of(grad).apply_upstream(grad, upstream, in_place=False)
+
+
+# On tensors without values.
+
+
+def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`forward` allocates it."""
+    *problem, keep_grad, n_coefs = arguments
+    problem = Problem(*problem)
+    logits, shape = problem.logits, problem.target.shape
+    loss = logits.new_empty(shape if RULES[problem.reduction].per_sample else (), dtype=arithmetic_dtype(logits))
+    grad = torch.empty_like(logits) if keep_grad else logits.new_empty(0)
+    return loss, grad, loss.new_empty((*shape, n_coefs) if n_coefs > 0 else 0)
+
+
+def gradient_fake(like: Tensor, *_: Any) -> Tensor:
+    """As :func:`backward` and :func:`apply_upstream` allocate it."""
+    return torch.empty_like(like)
+
+
+# On a batch of problems. Where the loss of each is one sum of its samples' losses over one number, the samples of all
+# problems go through the operator together, and are reduced afterwards. Other problems go one after the other.
+
+
+class Batch(NamedTuple):
+    """Arguments of an operator. Those that differ from problem to problem have an axis for that."""
+
+    arguments: tuple[Any, ...]
+    axes: tuple[int | None, ...]
+    size: int
+
+    def one(self, i: int) -> tuple[Any, ...]:
+        """The arguments of one problem."""
+        pairs = zip(self.arguments, self.axes, strict=True)
+        return tuple(argument if axis is None else argument.select(axis, i) for argument, axis in pairs)
+
+    def leading(self, i: int) -> Tensor:
+        """An argument with the problems as its first axis, expanded if it is the same for all."""
+        argument, axis = self.arguments[i], self.axes[i]
+        return argument.expand(self.size, *argument.shape) if axis is None else argument.movedim(axis, 0)
+
+
+class Problems(NamedTuple):
+    """A batch of problems that are one sum each."""
+
+    logits: Tensor  # (problem, ...)
+    target: Tensor  # (problem, ...)
+    problem: Problem  # what is the same for all
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Problems | None":
+        """None if the batch is none of such."""
+        problem = Problem(*batch.arguments[:N_ARGUMENTS])
+        others_differ = any(axis is not None for axis in batch.axes[2:N_ARGUMENTS])
+        two_denominators = RULES[problem.reduction].focal_by_count and problem.weight is not None
+        return None if others_differ or two_denominators else cls(batch.leading(0), batch.leading(1), problem)
+
+    def samples(self) -> Problem:
+        """All samples as those of one problem, which is not reduced."""
+        logits, target = (_flat(tensor, self.target.ndim) for tensor in self[:2])
+        return self.problem._replace(logits=logits, target=target, reduction="none")
+
+    def denominators(self) -> Tensor | int:
+        """What the sum of each problem's losses is divided by."""
+        if not RULES[self.problem.reduction].is_mean:
+            return 1
+        target = self.target.reshape(len(self.target), -1).long()
+        kept = target != self.problem.ignore_index
+        weight = self.problem.weight
+        if weight is None:
+            return kept.sum(1)
+        n_classes = len(weight)
+        weights = weight.index_select(0, target.clamp(0, n_classes - 1).flatten()).view(target.shape)
+        return (weights * kept).sum(1)
+
+    def losses(self) -> Tensor:
+        """The loss of each problem."""
+        losses, *_ = _ops.forward(*self.samples(), False, 0)
+        if RULES[self.problem.reduction].per_sample:
+            return losses.view(self.target.shape)  # type: ignore[no-any-return]
+        return losses.view(len(self.target), -1).sum(1) / self.denominators()  # type: ignore[no-any-return]
+
+    def gradients(self, upstream: Tensor) -> Tensor:
+        """The gradient of the logits of each problem."""
+        if not RULES[self.problem.reduction].per_sample:
+            upstream = _per_sample(upstream / self.denominators(), self.target)
+        return _gradient(*self.samples(), _flat(upstream, self.target.ndim)).view(self.logits.shape)
+
+
+def forward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
+    """Rule of ``forward``. No coefficients are kept: :func:`backward_vmap` computes its own."""
+    *problem, keep_grad, _ = arguments
+    batch = Batch(tuple(problem), in_dims[:N_ARGUMENTS], info.batch_size)
+    problems = Problems.of(batch)
+    if problems is not None:
+        loss = problems.losses()
+    else:
+        loss = torch.stack([_ops.forward(*batch.one(i), False, 0)[0] for i in range(batch.size)])
+    nothing = loss.new_empty(batch.size, 0)
+    grad = nothing.clone()
+    if keep_grad:
+        grad, _ = backward_vmap(info, (*batch.axes, None, 0), *problem, nothing, torch.ones_like(loss))
+    return (loss, grad, nothing), (0, 0, 0)
+
+
+def backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Rule of ``backward``."""
+    *problem, _, upstream = arguments
+    batch = Batch((*problem, upstream), (*in_dims[:N_ARGUMENTS], in_dims[-1]), info.batch_size)
+    problems = Problems.of(batch)
+    if problems is not None:
+        return problems.gradients(batch.leading(-1)), 0
+    return torch.stack([_gradient(*batch.one(i)) for i in range(batch.size)]), 0
+
+
+def apply_upstream_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Tensor) -> tuple[Tensor, int]:
+    """Rule of ``apply_upstream``."""
+    batch = Batch(arguments, in_dims, info.batch_size)
+    grad, upstream = batch.leading(0), batch.leading(1)
+    of_samples = grad.select(1 + class_axis(grad.shape[1:]), 0)  # the shape that a target has
+    upstream = _per_sample(upstream, of_samples) if upstream.ndim == 1 else upstream
+    n_axes = of_samples.ndim
+    scaled: Tensor = _ops.apply_upstream(_flat(grad, n_axes), _flat(upstream, n_axes))
+    return scaled.view(grad.shape), 0
+
+
+def _gradient(*arguments: Any) -> Tensor:
+    """The gradient of a problem of which no coefficients were kept."""
+    *problem, upstream = arguments
+    gradient: Tensor = _ops.backward(*problem, upstream.new_empty(0), upstream)
+    return gradient
+
+
+def _flat(tensor: Tensor, n_axes: int) -> Tensor:
+    """Problems and samples as one axis, where ``n_axes``, the target's, say that there is one of samples."""
+    return tensor.flatten(0, 1) if n_axes > 1 else tensor
+
+
+def _per_sample(of_problems: Tensor, like: Tensor) -> Tensor:
+    """A number for each problem, expanded over its samples."""
+    return of_problems.view(-1, *(1,) * (like.ndim - 1)).expand(like.shape)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("lmf_triton", "DEF")
+    rules: dict[str, tuple[Callable[..., Any], ...]] = {
+        "forward": (forward, forward_fake, forward_vmap),
+        "backward": (backward, gradient_fake, backward_vmap),
+        "apply_upstream": (apply_upstream, gradient_fake, apply_upstream_vmap),
+    }
+    for name, (on_values, fake, vmap) in rules.items():
+        library.define(name + SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+        library.impl(name, on_values, "CompositeExplicitAutograd")  # on every device
+        torch.library.register_fake(f"lmf_triton::{name}", fake, lib=library)
+        torch.library.register_vmap(f"lmf_triton::{name}", vmap, lib=library)
+    return library
+
+
+LIBRARY = _register()  # operators live as long as this does
