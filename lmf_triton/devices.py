@@ -1,17 +1,22 @@
 """What computes a loss: what a backend offers, and which one serves a device."""
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from . import plain
 from .options import Keep, LossOptions
 
+_why_no_triton = ""
 try:
     from .fused import backend as fused
-except ImportError:  # Triton is not installed
+except Exception as error:  # Triton is not installed; one that is broken raises whatever it meets
     fused = None  # type: ignore[assignment]
+    _why_no_triton = f"{type(error).__name__}: {error}"
 
 
 class Backend(Protocol):
@@ -44,10 +49,19 @@ class Backend(Protocol):
 def backend_of(logits: Tensor) -> Backend:
     """The module that computes the loss on the device of the logits."""
     device = logits.device.type
-    if device == "cpu":
-        return fused if fused is not None and fused.INTERPRETED else plain
-    if device != "cuda":
-        raise ValueError(f"logits must be on a CPU or CUDA (or ROCm) device, got {logits.device}")
     if fused is None:
-        raise ValueError(f"logits on {logits.device} need Triton, which is not installed: pip install triton")
-    return fused
+        if device == "cuda" and not torch.compiler.is_compiling():  # the operator will say it when it runs
+            _warn_without_triton()
+        return plain
+    return fused if device == "cuda" or (device == "cpu" and fused.INTERPRETED) else plain
+
+
+@cache
+def _warn_without_triton() -> None:
+    """Once in a process: there is no error, and nobody would look for what is missing."""
+    warnings.warn(
+        "lmf_loss runs in plain PyTorch on CUDA tensors, several times slower than by its kernels, since Triton cannot "
+        f"be imported ({_why_no_triton}). On Linux: pip install triton; on Windows: pip install triton-windows",
+        RuntimeWarning,
+        stacklevel=4,  # who called lmf_loss
+    )

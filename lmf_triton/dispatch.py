@@ -37,7 +37,7 @@ def evaluate(
     margins = None if margins is None else checks.without_lazy_bits(margins)
     weight = None if weight is None else checks.without_lazy_bits(weight)
     backend = devices.backend_of(logits)
-    if check_target and backend is devices.fused:  # the plain backend always checks
+    if check_target:  # which the plain backend does by itself on the CPU only
         checks.check_target(target, logits.shape[class_axis(logits.shape)], options.ignore_index)
     if not wants_gradient:
         return backend.forward(logits, target, margins, weight, options, keep="nothing")[0]

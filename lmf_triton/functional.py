@@ -50,13 +50,13 @@ def lmf_loss(
             ``False``: in backward, from the logits and a few floats a sample (on the CPU from the loss's own
             arguments). ``None`` takes ``True`` for sums and means and ``False`` for ``"none"`` and for float16, where
             the gradient of a mean would underflow before a loss scale reaches it.
-        check_target: raise on targets that are out of range on the GPU too, at the price of a synchronisation.
+        check_target: raise on targets that are out of range off the CPU too, at the price of a synchronisation.
 
     Returns:
         The loss, float32 (float64 for float64 logits), a scalar or for ``"none"`` of the target's shape. The gradient
         has the logits' dtype, and their strides where they are dense (otherwise those of ``torch.empty_like``).
 
-        On the GPU a launch covers all samples whose positions fit two strides; this holds for 1-d and 2-d logits of
+        With the kernels a launch covers all samples whose positions fit two strides; this holds for 1-d and 2-d logits of
         any strides, and for contiguous and channels_last ones of any dimension. Other layouts take one launch for
         each index of the dimensions that are left over.
 

@@ -1,6 +1,8 @@
 """The loss in plain PyTorch operations: the same contract as the kernels, the gradient in closed form too.
 
-fused/backend.py is its counterpart with the same three functions.
+fused/backend.py is its counterpart with the same three functions. On the CPU values decide which way is the fastest;
+on any other device nobody asks for a value, since the host would wait for it, and no float64 is used but for float64
+logits, since there may be none.
 """
 
 import math
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from . import checks, reduction
 from .options import Keep, LossOptions
-from .reduction import Pair
+from .reduction import Number, Pair
 from .shapes import arithmetic_dtype, class_axis
 
 # Logits are worked through in pieces of about this many elements, which bounds the memory for widened half logits. On
@@ -44,8 +46,18 @@ class _Settings(NamedTuple):
     options: LossOptions
     denominators: Pair
     margins: Tensor | None
+    on_host: bool
     use_odds: bool
     with_grad: bool
+
+
+class _Targets(NamedTuple):
+    """The targets of all samples, with what follows from them."""
+
+    classes: Tensor  # int64, and 0 for samples without
+    ignored: Tensor | None
+    weights: Tensor | None  # 0 for ignored samples, NaN for those whose target is no class
+    denominators: Pair
 
 
 class _Samples(NamedTuple):
@@ -53,7 +65,7 @@ class _Samples(NamedTuple):
 
     logits: Tensor
     grad: Tensor | None  # to be filled
-    classes: Tensor  # int64, and 0 for ignored ones
+    classes: Tensor  # as in _Targets
     ignored: Tensor | None
     weights: Tensor | None
     upstream: Tensor | None
@@ -111,12 +123,13 @@ def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptio
 
 def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
     """``upstream * grad``, rounded once; in place, nothing is done when every upstream gradient is exactly 1."""
+    on_host = _on_host(grad)
     if upstream.ndim > 0:
         upstream = upstream.unsqueeze(1)
-    if in_place and (float(upstream) == 1 if upstream.ndim == 0 else bool((upstream == 1).all())):
+    if on_host and in_place and (float(upstream) == 1 if upstream.ndim == 0 else bool((upstream == 1).all())):
         return grad
     scaled = grad.to(upstream.dtype) * upstream
-    if not bool(upstream.isfinite().all()):
+    if not (on_host and bool(upstream.isfinite().all())):
         scaled.masked_fill_(grad == 0, 0)  # which it stays, as an ignored sample's
     return grad.copy_(scaled) if in_place else scaled.to(grad.dtype)
 
@@ -131,44 +144,79 @@ def _evaluate(
     upstream: Tensor | None = None,
 ) -> Tensor:
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
-    dtype = arithmetic_dtype(logits)
-    classes = target.long()
-    low, high = checks.check_target(classes, logits.shape[class_axis(logits.shape)], options.ignore_index)
-    ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
-    if ignored is not None:
-        classes = classes.masked_fill(ignored, 0)
+    dtype, on_host = arithmetic_dtype(logits), _on_host(logits)
+    n_classes = logits.shape[class_axis(logits.shape)]
     margins, weight = (t if t is None else t.to(dtype) for t in (margins, weight))
-    weights = None if weight is None else _scale_rows(weight.take(classes), ignored)
-    denominators = reduction.denominators(options.rule, target.numel(), ignored, weights)
-    settings = _Settings(
-        options, denominators, margins, _odds_may_be_used(options, margins), with_grad=grad is not None
-    )
+    if on_host:
+        targets = _targets_on_host(target, n_classes, weight, options)
+    else:
+        targets = _targets_on_device(target, n_classes, weight, options, dtype)
+    classes, ignored, weights, denominators = targets
+    use_odds = on_host and _odds_may_be_used(options, margins)
+    settings = _Settings(options, denominators, margins, on_host, use_odds, with_grad=grad is not None)
 
     upstream = None if upstream is None else upstream.expand(target.shape)
     samples = _Samples(logits, grad, classes, ignored, weights, upstream)
     if logits.ndim == 1:
         samples = samples.map(lambda tensor: tensor.unsqueeze(0))
-    chunks = [_evaluate_chunk(chunk, settings) for chunk in _chunks(samples)]
+    chunks = [_evaluate_chunk(chunk, settings) for chunk in (_chunks(samples) if on_host else [samples])]
 
-    coefficients = Pair(options.alpha, options.beta)
+    coefficients = options.alpha, options.beta
     if options.rule.per_sample:
         losses = [_weighted_sum(coefficients, terms) for terms in chunks]
         return torch.cat(losses).resize_(target.shape)  # no view, which autograd would not let a user change in place
     ldam, focal = zip(*chunks, strict=True)
-    sums = Pair(sum(map(_total, ldam)), sum(map(_total, focal)))
+    sums = Pair(_total(ldam, on_host), _total(focal, on_host))
     loss = reduction.sum_of_terms(coefficients, sums, denominators)
-    return torch.tensor(loss, dtype=dtype, device=logits.device)
+    return torch.as_tensor(loss, dtype=dtype, device=logits.device)
 
 
-def _weighted_sum(coefficients: Pair, terms: _Losses) -> Tensor:
+def _on_host(tensor: Tensor) -> bool:
+    """Whether the host may ask for values, and has float64."""
+    return tensor.device.type == "cpu"
+
+
+def _targets_on_host(target: Tensor, n_classes: int, weight: Tensor | None, options: LossOptions) -> _Targets:
+    """An IndexError for a target that is no class; and no more work than these targets need."""
+    classes = target.long()
+    low, high = checks.check_target(classes, n_classes, options.ignore_index)
+    ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
+    if ignored is not None:
+        classes = classes.masked_fill(ignored, 0)
+    weights = None if weight is None else _scale_rows(weight.take(classes), ignored)
+    denominators = reduction.denominators(options.rule, target.numel(), ignored, weights, on_host=True)
+    return _Targets(classes, ignored, weights, denominators)
+
+
+def _targets_on_device(
+    target: Tensor, n_classes: int, weight: Tensor | None, options: LossOptions, dtype: torch.dtype
+) -> _Targets:
+    """As the kernels have it: a target that is no class makes its sample NaN, and has no say in a denominator."""
+    classes = target.long()
+    ignored = classes == options.ignore_index
+    is_class = (classes >= 0) & (classes < n_classes)
+    left_out = ~is_class | ignored
+    classes = classes.masked_fill(left_out, 0)
+    weights = torch.ones_like(classes, dtype=dtype) if weight is None else _of_classes(weight, classes)
+    weights.masked_fill_(left_out, 0)
+    denominators = reduction.denominators(options.rule, target.numel(), left_out, weights, on_host=False)
+    return _Targets(classes, ignored, weights.masked_fill(left_out & ~ignored, torch.nan), denominators)
+
+
+def _of_classes(per_class: Tensor, classes: Tensor) -> Tensor:
+    """The value of each sample's class. ``take`` is missing on some devices."""
+    return per_class.index_select(0, classes.flatten()).view(classes.shape)
+
+
+def _weighted_sum(coefficients: tuple[float, float], terms: _Losses) -> Tensor:
     """The loss of each sample."""
     present = [c * term for c, term in zip(coefficients, terms, strict=True) if term is not None]
     return sum(present[1:], present[0])
 
 
-def _total(term: Tensor | None) -> float:
-    """The sum of a term, in float64, which costs nothing here."""
-    return 0.0 if term is None else float(term.sum(dtype=torch.float64))
+def _total(chunks: Sequence[Tensor | None], on_host: bool) -> Number:
+    """The sum of a term."""
+    return sum(reduction.total(term, on_host=on_host) for term in chunks if term is not None)
 
 
 def _evaluate_chunk(samples: _Samples, settings: _Settings) -> _Losses:
@@ -195,10 +243,7 @@ def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Se
     for term, coefficient, denominator in zip(terms, coefficients, settings.denominators, strict=True):
         if term is None or term.slope is None:
             continue
-        factor: float | Tensor = coefficient / denominator
-        if samples.weights is not None:  # in float64 no factor of it leaves the range
-            factor = (samples.weights.double() * factor).to(term.slope.dtype)
-        slope = term.slope.mul_(factor)
+        slope = term.slope.mul_(_share(coefficient, denominator, samples.weights, settings.on_host))
         if parts and parts[0][0] is term.others:
             parts[0][1].add_(slope)
         else:
@@ -218,6 +263,15 @@ def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Se
         result.masked_fill_(samples.ignored.unsqueeze(1), 0)
     if result is not grad:
         grad.copy_(result)
+
+
+def _share(coefficient: float, denominator: Number, weights: Tensor | None, on_host: bool) -> Number:
+    """What multiplies the slopes of a term, so that no factor of it leaves the range: in float64, or in this order."""
+    if weights is None:
+        return coefficient / denominator
+    if on_host:
+        return (weights.double() * (coefficient / denominator)).to(weights.dtype)
+    return weights / denominator * coefficient
 
 
 def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
@@ -309,7 +363,7 @@ def _evaluate_by_gaps(logits: Tensor, classes: Tensor, settings: _Settings, work
     of_ldam = scaled or plain
     if options.has_ldam and of_ldam is not None:
         others, v = of_ldam
-        v = v if margins is None else v.add(margins.take(classes), alpha=options.scale)
+        v = v if margins is None else v.add(_of_classes(margins, classes), alpha=options.scale)
         ldam = _Term(_softplus(v), v.sigmoid().mul_(options.scale) if with_grad else None, others)
     if options.has_focal and plain is not None:
         others, u = plain

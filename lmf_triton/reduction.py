@@ -30,32 +30,44 @@ RULES = {
 }
 
 
+Number = float | Tensor  # a tensor is 0-d, and the host does not ask for its value
+
+
 class Pair(NamedTuple):
     """One number for each term."""
 
-    ldam: float
-    focal: float
+    ldam: Number
+    focal: Number
 
 
-def denominators(rule: Rule, n_samples: int, ignored: Tensor | None, weights: Tensor | None) -> Pair:
-    """What each term is divided by: 1 unless it is a mean, NaN where there is nothing to divide by.
+def denominators(rule: Rule, n_samples: int, left_out: Tensor | None, weights: Tensor | None, *, on_host: bool) -> Pair:
+    """What each term is divided by: 1 unless it is a mean.
 
-    ``ignored`` and ``weights`` have one value a sample, the weights of ignored ones being 0. The kernels have their
-    own, ``totals_kernel`` and ``load_denominators``; where weights cancel to 0, they divide by 0 instead.
+    ``left_out`` and ``weights`` have one value a sample, the weights of those left out being 0. On the host there is
+    NaN where there is nothing to divide by. The kernels have their own, ``totals_kernel`` and ``load_denominators``;
+    where weights cancel to 0, they and other devices divide by 0 instead.
     """
     if not rule.is_mean:
         return Pair(1.0, 1.0)
-    count = n_samples if ignored is None else n_samples - int(ignored.sum())
-    weight_total = count if weights is None else float(weights.sum(dtype=torch.float64))
-    return Pair(weight_total or math.nan, (count if rule.focal_by_count else weight_total) or math.nan)
+    count: Number = n_samples
+    if left_out is not None:
+        count = n_samples - (int(left_out.sum()) if on_host else left_out.sum())
+    weight_total = count if weights is None else total(weights, on_host=on_host)
+    ldam, focal = weight_total, count if rule.focal_by_count else weight_total
+    return Pair(ldam or math.nan, focal or math.nan) if on_host else Pair(ldam, focal)
 
 
-def sum_of_terms(coefficients: Pair, sums: Pair, divided_by: Pair) -> float:
+def total(per_sample: Tensor, *, on_host: bool) -> Number:
+    """The sum: for the host a number, in float64, which costs nothing there; otherwise nothing waits for it."""
+    return float(per_sample.sum(dtype=torch.float64)) if on_host else per_sample.sum()
+
+
+def sum_of_terms(coefficients: tuple[float, float], sums: Pair, divided_by: Pair) -> Number:
     """The loss from the sums of the two terms. A coefficient of 0 takes a term out, denominator and all."""
-    loss = 0.0
-    for coefficient, total, denominator in zip(coefficients, sums, divided_by, strict=True):
+    loss: Number = 0.0
+    for coefficient, of_term, denominator in zip(coefficients, sums, divided_by, strict=True):
         if coefficient != 0:
-            loss += coefficient * total / denominator
+            loss = loss + coefficient * (of_term / denominator)
     return loss
 
 

@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 try:
     import hypothesis
@@ -17,7 +19,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from oracle import PATHS  # noqa: E402
+from oracle import ANOTHER_DEVICE, PATHS  # noqa: E402
 
 from lmf_triton import devices, plain  # noqa: E402
 
@@ -68,12 +70,50 @@ def pytest_collection_modifyitems(config, items):
     items[:] = items[:: config.getoption("--every")]
 
 
+class AsOnAnotherDevice(TorchDispatchMode):
+    """Lets nothing pass that makes the host wait, or that a device may lack; mps lacks float64."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+    MISSING = ("take",)
+
+    def __init__(self, *, has_float64: bool) -> None:
+        super().__init__()
+        self.has_float64 = has_float64
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.READS, f"{func} reads"
+        assert func.overloadpacket.__name__ not in self.MISSING, f"{func} is missing on some devices"
+        out = func(*args, **(kwargs or {}))
+        assert self.has_float64 or torch.float64 not in dtypes((args, kwargs, out)), f"{func} needs float64"
+        return out
+
+
+def dtypes(values) -> set[torch.dtype]:
+    return {value.dtype for value in tree_leaves(values) if isinstance(value, torch.Tensor)}
+
+
+def take_the_cpu_for_another_device(monkeypatch) -> None:
+    """The plain backend's way on other devices, on CPU tensors."""
+
+    def watched(function):
+        def call(*args, **kwargs):
+            with AsOnAnotherDevice(has_float64=torch.float64 in dtypes(args)):
+                return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(plain, "_on_host", lambda tensor: False)
+    for name in "forward", "backward", "apply_upstream":
+        monkeypatch.setattr(plain, name, watched(getattr(plain, name)))
+
+
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch) -> str:
     """The backend that computes the loss: the Triton kernels ("kernel") or plain PyTorch ("cpu").
 
-    The plain backend has two ways that few values take by themselves. ``every_way`` of oracle.py sends all samples that
-    way as well, in the tests of values: elsewhere it would find nothing that "cpu" does not.
+    The plain backend has two ways that few values take by themselves, and one for devices other than the CPU.
+    ``every_way`` of oracle.py sends all samples that way as well, in the tests of values: elsewhere it would find
+    nothing that "cpu" does not.
     """
     if request.param != "kernel":
         monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
@@ -81,6 +121,8 @@ def path(request, monkeypatch) -> str:
         monkeypatch.setattr(plain, "SOFTMAX_CLASSES", 1)
     if request.param == "cpu, extreme":  # every sample is taken for one
         monkeypatch.setattr(plain, "MIN_ODDS", math.inf)
+    if request.param == ANOTHER_DEVICE:
+        take_the_cpu_for_another_device(monkeypatch)
     return request.param
 
 

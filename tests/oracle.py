@@ -14,7 +14,9 @@ from reference import lmf as reference
 
 IGNORED = -100
 PATHS = ["kernel", "cpu"]
-WAYS = [*PATHS, "cpu, softmax", "cpu, extreme"]  # those of conftest.py's ``path``
+ANOTHER_DEVICE = "cpu, as another device"
+WAYS = [*PATHS, "cpu, softmax", "cpu, extreme", ANOTHER_DEVICE]  # those of conftest.py's ``path``
+UNREAD = ["kernel", ANOTHER_DEVICE]  # where nobody asks for a value
 REDUCTIONS = ["none", "sum", "mean", "mean_per_term"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
