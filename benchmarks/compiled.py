@@ -185,7 +185,9 @@ def recorded_launches(
         for name in KERNELS:
             originals[name], stand_in = recorder(name)
             setattr(KERNELS[name], name, stand_in)
-        loss, kept = backend.forward(logits, target, margins, None, options, keep="coefs" if recompute else "gradient")
+        loss, kept = backend.forward(
+            logits, target, margins, None, None, options, keep="coefs" if recompute else "gradient"
+        )
         if recompute:
             backend.backward(kept, torch.empty_like(loss), options)
         else:

@@ -28,13 +28,14 @@ class LMFFunction(Function):
         target: Tensor,
         margins: Tensor | None,
         weight: Tensor | None,
+        normalizer: Tensor | None,
         options: LossOptions,
         grad_in_forward: bool,
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
         """The loss, and an empty tensor by which backward can refer to the logits' graph without keeping the logits."""
         keep: Keep = "gradient" if grad_in_forward else "coefs"
-        loss, kept = backend.forward(logits, target, margins, weight, options, keep=keep)
+        loss, kept = backend.forward(logits, target, margins, weight, normalizer, options, keep=keep)
         link = logits.new_empty(0)
         ctx.save_for_backward(link, *kept)
         ctx.strides_for_hooks = _strides(kept) if _hooks_are_set() else None
@@ -45,20 +46,20 @@ class LMFFunction(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if upstream is None:
-            return (None,) * 7
+            return (None,) * 8
         checks.check_plain("the upstream gradient", upstream)
         upstream = checks.without_lazy_bits(upstream)
         link, *saved = ctx.saved_tensors
         if ctx.strides_for_hooks is not None:
             saved = [_laid_out(*kept) for kept in zip(saved, ctx.strides_for_hooks, strict=True)]
         if ops_are_needed(upstream):
-            return _gradient_by_operators(ctx, link, saved, upstream), *(None,) * 6
+            return _gradient_by_operators(ctx, link, saved, upstream), *(None,) * 7
         if not torch.is_grad_enabled():
-            return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 6
+            return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 7
         with torch.no_grad():  # create_graph=True
             grad = LMFFunction._gradient(ctx, saved, upstream)
         grad = _FirstOrderOnly.apply(grad, link, upstream)
-        return grad, *(None,) * 6
+        return grad, *(None,) * 7
 
     @staticmethod
     def _gradient(ctx: Any, saved: list[Any], upstream: Tensor) -> Tensor:
@@ -161,11 +162,12 @@ class GradientOfProblem(_OperatorGradient):
         target: Tensor,
         margins: Tensor | None,
         weight: Tensor | None,
+        normalizer: Tensor | None,
         numbers: Tensor,
         ignore_index: int,
         reduction: str,
     ) -> Tensor:
-        problem = logits, target, margins, weight, numbers, ignore_index, reduction
+        problem = logits, target, margins, weight, normalizer, numbers, ignore_index, reduction
         return cast(Tensor, torch.ops.lmf_triton.backward(*problem, coefs, upstream))
 
 

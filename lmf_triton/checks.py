@@ -1,5 +1,6 @@
 """Every check of an argument of the loss, once: an error that quotes what was given and what was expected."""
 
+import math
 import sys
 from functools import lru_cache
 from numbers import Integral, Real
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .options import LossOptions
-from .reduction import RULES
+from .reduction import RULES, Normalizer, Number
 from .shapes import class_axis
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,6 +90,49 @@ def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight
         check_per_class(name, per_class, n_classes)
         if per_class is not None and per_class.device != logits.device:
             raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {per_class.device}")
+
+
+def check_normalizer(normalizer: Normalizer, options: LossOptions, logits: Tensor) -> None:
+    """Raise a TypeError or ValueError unless each denominator of the mean is a number above 0 or a tensor of one."""
+    if not options.rule.is_mean:
+        raise ValueError(f"normalizer stands for a mean's denominator, which reduction={options.reduction!r} has not")
+    if not isinstance(normalizer, tuple):
+        _check_denominator(normalizer, logits.device)
+        return
+    if not options.rule.focal_by_count:
+        raise ValueError(f"normalizer must be one number for reduction={options.reduction!r}, got {normalizer!r}")
+    if len(normalizer) != 2:
+        raise ValueError(f"normalizer must be one number, or a pair (Σ w, number of samples), got {normalizer!r}")
+    for number in normalizer:
+        _check_denominator(number, logits.device)
+
+
+def _check_denominator(number: Number, device: torch.device) -> None:
+    if isinstance(number, Tensor):
+        _check_kind("normalizer", number, "a tensor")
+        if number.dtype not in FLOAT_DTYPES + INTEGER_DTYPES:
+            raise TypeError(f"normalizer must be of a floating-point or integer dtype, got {number.dtype}")
+        if number.ndim != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(number.shape)}")
+        if number.requires_grad:
+            raise ValueError("normalizer has no gradient in this loss, got a tensor with requires_grad=True")
+        if number.device != device:
+            raise ValueError(
+                f"normalizer must be a number or on the device of logits, {device}, got {number.device}: give "
+                f".to({str(device)!r}), or .item() of a CPU tensor"
+            )
+    elif not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {number!r} of type {type(number).__name__}")
+    elif not FLOAT32.tiny <= _as_float(number) <= FLOAT32.max:
+        raise ValueError(f"normalizer must be greater than 0, finite and within float32's range, got {number!r}")
+
+
+def _as_float(number: float) -> float:
+    """Python's own: a number of one of NumPy's narrow types would round the bounds that it is compared with."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:

@@ -30,11 +30,15 @@ class Backend(Protocol):
         target: Tensor,
         margins: Tensor | None,
         weight: Tensor | None,
+        normalizer: Tensor | None,
         options: LossOptions,
         *,
         keep: Keep,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss; and to keep for backward: nothing, the gradient, or what :meth:`backward` computes it from."""
+        """The loss; and to keep for backward: nothing, the gradient, or what :meth:`backward` computes it from.
+
+        ``normalizer`` is what :func:`reduction.given_totals` made of the user's.
+        """
         ...
 
     def backward(self, kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
@@ -60,8 +64,8 @@ def backend_of(logits: Tensor) -> Backend:
 def _warn_without_triton() -> None:
     """Once in a process: there is no error, and nobody would look for what is missing."""
     warnings.warn(
-        "lmf_loss runs in plain PyTorch on CUDA tensors, several times slower than by its kernels, since Triton cannot "
-        f"be imported ({_why_no_triton}). On Linux: pip install triton; on Windows: pip install triton-windows",
+        "lmf_loss runs in plain PyTorch on CUDA tensors, more slowly than by its kernels, since Triton cannot be "
+        f"imported ({_why_no_triton}). On Linux: pip install triton; on Windows: pip install triton-windows",
         RuntimeWarning,
         stacklevel=4,  # who called lmf_loss
     )

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checks, dispatch
+from .reduction import Normalizer
 
 
 def lmf_loss(
@@ -18,6 +19,7 @@ def lmf_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    normalizer: Normalizer | None = None,
     grad_in_forward: bool | None = None,
     check_target: bool = False,
 ) -> Tensor:
@@ -46,6 +48,12 @@ def lmf_loss(
         reduction: ``"none"``; ``"sum"``; ``"mean"``, the weighted mean Σ w·l / Σ w of
             :func:`torch.nn.functional.cross_entropy`; or ``"mean_per_term"``, α·Σ w·LDAM / Σ w + β·Σ w·Focal / (number
             of samples), the averaging in the LMF authors' code. Sums and means leave out ignored samples.
+        normalizer: what a mean is divided by, in place of its own denominator: a number above 0, or a 0-d tensor on the
+            logits' device, which is read there. ``"mean_per_term"`` takes a pair ``(Σ w, number of samples)`` too; one
+            number stands for both. It makes means of parts exact. Under gradient accumulation give each micro-batch
+            Σ w of all of them (without ``weight`` the number of their samples, which is Hugging Face's
+            ``num_items_in_batch``; that counts labels, not weights). Under DDP, which averages the ranks' gradients,
+            give the total over all ranks, divided by the world size. With everything ignored the loss is then 0.
         grad_in_forward: when the gradient is computed. ``True``: with the loss, so that the logits are read once.
             ``False``: in backward, from the logits and a few floats a sample (on the CPU from the loss's own
             arguments). ``None`` takes ``True`` for sums and means and ``False`` for ``"none"`` and for float16, where
@@ -56,7 +64,7 @@ def lmf_loss(
         The loss, float32 (float64 for float64 logits), a scalar or for ``"none"`` of the target's shape. The gradient
         has the logits' dtype, and their strides where they are dense (otherwise those of ``torch.empty_like``).
 
-        With the kernels a launch covers all samples whose positions fit two strides; this holds for 1-d and 2-d logits of
+        A launch of the kernels covers all samples whose positions fit two strides; this holds for 1-d and 2-d logits of
         any strides, and for contiguous and channels_last ones of any dimension. Other layouts take one launch for
         each index of the dimensions that are left over.
 
@@ -73,12 +81,14 @@ def lmf_loss(
         (https://arxiv.org/abs/2212.12741); Cao et al. 2019 for LDAM (https://arxiv.org/abs/1906.07413);
         Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002).
     """
-    tensors = (logits, target, margins, weight)
+    tensors = (logits, target, margins, weight, *(normalizer if isinstance(normalizer, tuple) else (normalizer,)))
     if has_torch_function(tensors):  # subclasses decide what becomes of a call, as of PyTorch's own functions
         return handle_torch_function(  # type: ignore[no-any-return]
             lmf_loss,
             tensors,
-            *tensors[:3],
+            logits,
+            target,
+            margins,
             alpha=alpha,
             beta=beta,
             gamma=gamma,
@@ -86,10 +96,13 @@ def lmf_loss(
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
+            normalizer=normalizer,
             grad_in_forward=grad_in_forward,
             check_target=check_target,
         )
     options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     checks.check_tensors(logits, target, margins, weight)
+    if normalizer is not None:
+        checks.check_normalizer(normalizer, options, logits)
     checks.check_grad_in_forward(grad_in_forward)
-    return dispatch.evaluate(logits, target, margins, weight, options, grad_in_forward, check_target)
+    return dispatch.evaluate(logits, target, margins, weight, normalizer, options, grad_in_forward, check_target)

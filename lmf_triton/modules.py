@@ -14,6 +14,7 @@ from .checks import check_options, check_per_class
 from .counts import ClassCounts, counts_in_order
 from .functional import lmf_loss
 from .margins import ldam_margins
+from .reduction import Normalizer
 
 BUFFERS = ("margins", "weight")
 # What people may take for a setting of any loss. On one that has none of that name, it would have no effect.
@@ -51,12 +52,14 @@ class LossModule(nn.Module):
         weight: Tensor | None,
         ignore_index: int,
         reduction: str,
+        check_target: bool,
         class_counts: ClassCounts = (),
         max_margin: float = 0.0,
     ) -> None:
         super().__init__()
         self.ignore_index: int = ignore_index
         self.reduction: str = reduction
+        self.check_target: bool = check_target
         self._given: dict[str, Tensor | None] = {}  # the buffers that were handed in or assigned, as they were then
         self._without_values: set[str] = set()  # those that were on the meta device; NaN holds their place
         margins = None
@@ -77,16 +80,18 @@ class LossModule(nn.Module):
         check_options(**self._terms(), ignore_index=self.ignore_index, reduction=self.reduction)
 
     @torch.jit.unused  # a model that holds a loss may be scripted; the loss itself is not for it
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, normalizer: Normalizer | None = None) -> Tensor:
         if self._without_values:
             self._check_values()
         return lmf_loss(
-            logits,
+            input,
             target,
             self.margins,
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            normalizer=normalizer,
+            check_target=self.check_target,
             **self._terms(),
         )
 
@@ -211,17 +216,22 @@ class LMFLoss(LossModule):
         alpha, beta, gamma, scale: of the formula, as in ``lmf_loss``.
         max_margin: margin of the rarest class, fixed when the module is built; see :func:`lmf_triton.ldam_margins`.
         weight: class weights, ``(C,)``, any floating dtype, or ``None``. Copied.
-        ignore_index, reduction: as in ``lmf_loss``.
+        ignore_index, reduction, check_target: as in ``lmf_loss``.
+
+    Call:
+        ``criterion(input, target, *, normalizer=None)``, as the losses of ``torch.nn``: ``input`` are the logits;
+        ``normalizer`` as in ``lmf_loss``.
 
     Shape:
-        logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, float16 to float64; target the same without C, any
+        input ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, float16 to float64; target the same without C, any
         integer dtype. The loss is float32 (float64 for float64 logits), a scalar or, with ``reduction="none"``, of
         the target's shape.
 
     Attributes:
         margins, weight: buffers, ``(C,)``; ``.to(device)`` moves them to where the logits are. What is assigned to
             them is copied. After ``to_empty`` they have their values again, see :meth:`reset_parameters`.
-        alpha, beta, gamma, scale, ignore_index, reduction: may be changed between steps. ``max_margin`` may not.
+        alpha, beta, gamma, scale, ignore_index, reduction, check_target: may be changed between steps. ``max_margin``
+            may not.
 
     Raises:
         TypeError, ValueError, NotImplementedError: for arguments that ``lmf_loss`` or ``ldam_margins`` refuse.
@@ -245,8 +255,9 @@ class LMFLoss(LossModule):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        check_target: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, class_counts, max_margin)
+        super().__init__(weight, ignore_index, reduction, check_target, class_counts, max_margin)
         self.alpha: float = alpha
         self.beta: float = beta
         self.gamma: float = gamma
@@ -277,8 +288,9 @@ class LDAMLoss(LossModule):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        check_target: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, class_counts, max_margin)
+        super().__init__(weight, ignore_index, reduction, check_target, class_counts, max_margin)
         self.max_margin: Final[float] = max_margin
         self.scale: float = scale
         self._check_settings()
@@ -304,8 +316,9 @@ class FocalLoss(LossModule):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        check_target: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction)
+        super().__init__(weight, ignore_index, reduction, check_target)
         self.gamma: float = gamma
         self._check_settings()
 

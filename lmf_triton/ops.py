@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     target: Tensor
     margins: Tensor | None
     weight: Tensor | None
+    normalizer: Tensor | None  # (2,), see reduction.given_totals
     # alpha, beta, gamma, scale: float64 on the CPU. A number in a schema would be a constant of a compiled graph, and
     # each new value a new graph; a tensor on another device would have to be waited for.
     numbers: Tensor
@@ -38,7 +39,8 @@ class Problem(NamedTuple):
 
 N_ARGUMENTS = len(Problem._fields)
 PROBLEM = (
-    "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor numbers, int ignore_index, str reduction"
+    "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor? normalizer, Tensor numbers, "
+    "int ignore_index, str reduction"
 )
 SCHEMAS = {
     # The arguments say what is allocated, and nothing else does: compiled graphs are kept on disk. What is not kept is
@@ -51,13 +53,18 @@ _ops = torch.ops.lmf_triton
 
 
 def problem_of(
-    logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None, options: LossOptions
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor | None,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    options: LossOptions,
 ) -> Problem:
     """The arguments of a loss in the form that operators take."""
     numbers = options.alpha, options.beta, options.gamma, options.scale
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     stacked = torch.stack([zero + number for number in numbers])
-    return Problem(logits, target, margins, weight, stacked, options.ignore_index, options.reduction)
+    return Problem(logits, target, margins, weight, normalizer, stacked, options.ignore_index, options.reduction)
 
 
 # On values in memory.
@@ -68,7 +75,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, keep_grad, n_coefs = arguments
     problem = Problem(*problem)
     keep: Keep = "gradient" if keep_grad else "coefs" if n_coefs > 0 else "nothing"
-    loss, kept = devices.backend_of(problem.logits).forward(*problem[:4], problem.options, keep=keep)
+    loss, kept = devices.backend_of(problem.logits).forward(*problem[:5], problem.options, keep=keep)
     grad, coefs = problem.logits.new_empty(0), loss.new_empty(0)
     if keep == "gradient":
         (grad,) = kept
@@ -83,7 +90,7 @@ def backward(*arguments: Any) -> Tensor:
     backend = devices.backend_of(problem.logits)
     if coefs.numel() == 0 and backend.N_COEFS > 0:
         *_, coefs = forward(*problem, False, backend.N_COEFS)
-    return backend.backward((*problem[:4], coefs), upstream, problem.options)
+    return backend.backward((*problem[:5], coefs), upstream, problem.options)
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -144,7 +151,8 @@ class Problems(NamedTuple):
         problem = Problem(*batch.arguments[:N_ARGUMENTS])
         others_differ = any(axis is not None for axis in batch.axes[2:N_ARGUMENTS])
         two_denominators = RULES[problem.reduction].focal_by_count and problem.weight is not None
-        return None if others_differ or two_denominators else cls(batch.leading(0), batch.leading(1), problem)
+        is_other = others_differ or two_denominators or problem.normalizer is not None
+        return None if is_other else cls(batch.leading(0), batch.leading(1), problem)
 
     def samples(self) -> Problem:
         """All samples as those of one problem, which is not reduced."""

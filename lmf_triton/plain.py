@@ -100,24 +100,25 @@ def forward(
     target: Tensor,
     margins: Tensor | None,
     weight: Tensor | None,
+    normalizer: Tensor | None,
     options: LossOptions,
     *,
     keep: Keep,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The loss; and to keep for backward, the gradient, or the arguments from which :func:`backward` computes it."""
     grad = torch.empty_like(logits) if keep == "gradient" else None
-    loss = _evaluate(logits, target, margins, weight, options, grad)
+    loss = _evaluate(logits, target, margins, weight, normalizer, options, grad)
     if keep == "coefs":
-        return loss, (logits, target, margins, weight, None)
+        return loss, (logits, target, margins, weight, normalizer, None)
     return loss, () if grad is None else (grad,)
 
 
 def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
     """The gradient of the logits, computed anew from the loss's own arguments."""
-    logits, target, margins, weight, _ = kept
+    logits, target, margins, weight, normalizer, _ = kept
     assert logits is not None and target is not None
     grad = torch.empty_like(logits)
-    _evaluate(logits, target, margins, weight, options, grad, upstream)
+    _evaluate(logits, target, margins, weight, normalizer, options, grad, upstream)
     return grad
 
 
@@ -139,6 +140,7 @@ def _evaluate(
     target: Tensor,
     margins: Tensor | None,
     weight: Tensor | None,
+    normalizer: Tensor | None,
     options: LossOptions,
     grad: Tensor | None,
     upstream: Tensor | None = None,
@@ -148,9 +150,9 @@ def _evaluate(
     n_classes = logits.shape[class_axis(logits.shape)]
     margins, weight = (t if t is None else t.to(dtype) for t in (margins, weight))
     if on_host:
-        targets = _targets_on_host(target, n_classes, weight, options)
+        targets = _targets_on_host(target, n_classes, weight, normalizer, options)
     else:
-        targets = _targets_on_device(target, n_classes, weight, options, dtype)
+        targets = _targets_on_device(target, n_classes, weight, normalizer, options, dtype)
     classes, ignored, weights, denominators = targets
     use_odds = on_host and _odds_may_be_used(options, margins)
     settings = _Settings(options, denominators, margins, on_host, use_odds, with_grad=grad is not None)
@@ -176,7 +178,9 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _targets_on_host(target: Tensor, n_classes: int, weight: Tensor | None, options: LossOptions) -> _Targets:
+def _targets_on_host(
+    target: Tensor, n_classes: int, weight: Tensor | None, normalizer: Tensor | None, options: LossOptions
+) -> _Targets:
     """An IndexError for a target that is no class; and no more work than these targets need."""
     classes = target.long()
     low, high = checks.check_target(classes, n_classes, options.ignore_index)
@@ -184,12 +188,17 @@ def _targets_on_host(target: Tensor, n_classes: int, weight: Tensor | None, opti
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
     weights = None if weight is None else _scale_rows(weight.take(classes), ignored)
-    denominators = reduction.denominators(options.rule, target.numel(), ignored, weights, on_host=True)
+    denominators = reduction.denominators(options.rule, target.numel(), ignored, weights, normalizer, on_host=True)
     return _Targets(classes, ignored, weights, denominators)
 
 
 def _targets_on_device(
-    target: Tensor, n_classes: int, weight: Tensor | None, options: LossOptions, dtype: torch.dtype
+    target: Tensor,
+    n_classes: int,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    options: LossOptions,
+    dtype: torch.dtype,
 ) -> _Targets:
     """As the kernels have it: a target that is no class makes its sample NaN, and has no say in a denominator."""
     classes = target.long()
@@ -199,7 +208,7 @@ def _targets_on_device(
     classes = classes.masked_fill(left_out, 0)
     weights = torch.ones_like(classes, dtype=dtype) if weight is None else _of_classes(weight, classes)
     weights.masked_fill_(left_out, 0)
-    denominators = reduction.denominators(options.rule, target.numel(), left_out, weights, on_host=False)
+    denominators = reduction.denominators(options.rule, target.numel(), left_out, weights, normalizer, on_host=False)
     return _Targets(classes, ignored, weights.masked_fill(left_out & ~ignored, torch.nan), denominators)
 
 

@@ -4,7 +4,8 @@
 fused/rows.py), the plain backend by ``denominators`` and ``sum_of_terms``.
 
 The loss is the sum of two terms, and a mean may divide each by a *total* of its own: the sum of the weights, or the
-number of samples that take part. *Denominators* are the totals that belong to LDAM and to the focal term.
+number of samples that take part. *Denominators* are the totals that belong to LDAM and to the focal term. Both totals
+may be given instead, by a *normalizer*: of more samples than one call sees.
 """
 
 import math
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .shapes import arithmetic_dtype
+
 
 class Rule(NamedTuple):
     """What a reduction does."""
@@ -20,6 +23,11 @@ class Rule(NamedTuple):
     per_sample: bool = False  # nothing is reduced
     is_mean: bool = False
     focal_by_count: bool = False  # a mean divides the focal term by the number of samples, not by their weights
+    totals_given: bool = False  # by a normalizer
+
+    def with_totals(self, normalizer: Tensor | None) -> "Rule":
+        """The rule of a call that may have a normalizer."""
+        return self if normalizer is None else self._replace(totals_given=True)
 
 
 RULES = {
@@ -31,6 +39,7 @@ RULES = {
 
 
 Number = float | Tensor  # a tensor is 0-d, and the host does not ask for its value
+Normalizer = Number | tuple[Number, Number]  # as a user gives it
 
 
 class Pair(NamedTuple):
@@ -40,7 +49,28 @@ class Pair(NamedTuple):
     focal: Number
 
 
-def denominators(rule: Rule, n_samples: int, left_out: Tensor | None, weights: Tensor | None, *, on_host: bool) -> Pair:
+def given_totals(normalizer: Normalizer, logits: Tensor) -> Tensor:
+    """``(2,)``: what LDAM and the focal term are divided by, where the logits are and in the dtype of the arithmetic.
+
+    Made on the device. A number is a tensor too, so that no kernel is compiled for its value.
+    """
+    if isinstance(normalizer, tuple):
+        return torch.cat([given_totals(each, logits)[:1] for each in normalizer])
+    dtype = arithmetic_dtype(logits)
+    if not isinstance(normalizer, Tensor):
+        return torch.zeros(2, dtype=dtype, device=logits.device) + float(normalizer)  # torch.full would recompile
+    return torch.stack((normalizer.to(dtype),) * 2)
+
+
+def denominators(
+    rule: Rule,
+    n_samples: int,
+    left_out: Tensor | None,
+    weights: Tensor | None,
+    normalizer: Tensor | None,
+    *,
+    on_host: bool,
+) -> Pair:
     """What each term is divided by: 1 unless it is a mean.
 
     ``left_out`` and ``weights`` have one value a sample, the weights of those left out being 0. On the host there is
@@ -49,12 +79,23 @@ def denominators(rule: Rule, n_samples: int, left_out: Tensor | None, weights: T
     """
     if not rule.is_mean:
         return Pair(1.0, 1.0)
+    if normalizer is not None:
+        return _given_denominators(normalizer.double() if on_host else normalizer, n_samples, left_out)
     count: Number = n_samples
     if left_out is not None:
         count = n_samples - (int(left_out.sum()) if on_host else left_out.sum())
     weight_total = count if weights is None else total(weights, on_host=on_host)
     ldam, focal = weight_total, count if rule.focal_by_count else weight_total
     return Pair(ldam or math.nan, focal or math.nan) if on_host else Pair(ldam, focal)
+
+
+def _given_denominators(totals: Tensor, n_samples: int, left_out: Tensor | None) -> Pair:
+    """Those of a normalizer: 1 where no sample takes part, whose loss is 0 whatever the normalizer is."""
+    if n_samples == 0:
+        return Pair(1.0, 1.0)
+    if left_out is not None:
+        totals = totals.masked_fill(left_out.all(), 1)
+    return Pair(*totals.unbind())
 
 
 def total(per_sample: Tensor, *, on_host: bool) -> Number:
@@ -78,4 +119,4 @@ def sum_of_parts(parts: Tensor) -> Tensor:
 
 def of_no_samples(rule: Rule) -> float:
     """The loss of an empty batch, as in ``F.cross_entropy``."""
-    return math.nan if rule.is_mean else 0.0
+    return math.nan if rule.is_mean and not rule.totals_given else 0.0

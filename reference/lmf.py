@@ -54,19 +54,27 @@ def lmf_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    normalizer: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
 ) -> Tensor:
-    """``w_y * (alpha * LDAM + beta * Focal)``, reduced (Sadi et al. 2022, eq. 3)."""
+    """``w_y * (alpha * LDAM + beta * Focal)``, reduced (Sadi et al. 2022, eq. 3).
+
+    ``normalizer`` takes the place of what a mean divides by, or of both that ``"mean_per_term"`` divides by.
+    """
     kept = target != ignore_index
     target = torch.where(kept, target, 0).long()
     w = torch.ones_like(target, dtype=logits.dtype) if weight is None else weight.to(logits.dtype)[target]
     w = torch.where(kept, w, 0)
 
+    denominators = w.sum(), kept.sum() if reduction == "mean_per_term" else w.sum()
+    if normalizer is not None:
+        denominators = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
+
     # A term with coefficient 0 is left out, so that an infinite loss does not turn into 0 * inf.
     terms = []
     if alpha != 0:
-        terms.append((alpha * ldam(logits, target, margins, scale), w.sum()))
+        terms.append((alpha * ldam(logits, target, margins, scale), denominators[0]))
     if beta != 0:
-        terms.append((beta * focal(logits, target, gamma), kept.sum()))
+        terms.append((beta * focal(logits, target, gamma), denominators[1]))
     terms = [(torch.where(kept, w * term, 0), denominator) for term, denominator in terms]
 
     if reduction == "mean_per_term":
@@ -77,5 +85,5 @@ def lmf_loss(
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
-        return loss.sum() / w.sum()
+        return loss.sum() / denominators[0]
     raise ValueError(f"unknown reduction {reduction!r}")

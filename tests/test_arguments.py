@@ -22,14 +22,15 @@ pytestmark = [
 ]
 
 MODES = [True, False]
-TENSORS = ["logits", "target", "margins", "weight"]
+TENSORS = ["logits", "target", "margins", "weight", "normalizer"]
 
 
-def arguments(device) -> dict[str, torch.Tensor]:
+def arguments(device, reduction="mean") -> dict[str, torch.Tensor]:
     """All tensors of one call: nothing divides 33 rows of 7, one sample is ignored and one confident."""
     case = make_case((33, 7), torch.float32).to(device)
     weight = torch.linspace(0.5, 2.0, 7, device=device)
-    return {"logits": case.logits, "target": case.target, "margins": case.margins, "weight": weight}
+    given = {"logits": case.logits, "target": case.target, "margins": case.margins, "weight": weight}
+    return given | ({"normalizer": torch.tensor(40.0, device=device)} if reduction.startswith("mean") else {})
 
 
 def loss_and_grad(arguments, upstream=None, **options):
@@ -75,7 +76,7 @@ def test_the_imaginary_part_of_a_conjugate(device):
 @pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, retain_graph=[False, True])
 def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_graph):
     options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
-    given = arguments(device)
+    given = arguments(device, reduction)
     logits = given["logits"].requires_grad_()
     upstream = torch.linspace(-1, 2, 33, device=device) if reduction == "none" else torch.tensor(0.7, device=device)
     _, expected = loss_and_grad(given, upstream, **options)
@@ -85,7 +86,7 @@ def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_grap
         torch.testing.assert_close(grad, factor * expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["logits", "margins"])
+@pytest.mark.parametrize("name", ["logits", "margins", "normalizer"])
 def test_zeros_that_pytorch_only_noted(device, name):
     given = arguments(device)
     zeros = torch.zeros_like(given[name])
@@ -133,14 +134,14 @@ TRANSFORMS = {
 @pairwise(path=PATHS, transform=TRANSFORMS, reduction=["mean", "none"], scale=[1.0, 30.0])
 def test_what_torch_func_wraps_is_refused(device, transform, reduction, scale):
     """A level that the loss does not see would get a derivative of 0."""
-    given = arguments(device)
+    given = arguments(device, reduction)
     logits = given.pop("logits")
     with pytest.raises(NotImplementedError, match=r"does not support torch\.func yet"):
         transform(lambda x: lmf_loss(x, **given, reduction=reduction, scale=scale), logits)
     torch.func.vmap(lambda x: x + lmf_loss(logits, **given))(torch.ones(2, device=device))  # is not about the loss
 
 
-@pytest.mark.parametrize("name", ["target", "margins", "weight"])
+@pytest.mark.parametrize("name", ["target", "margins", "weight", "normalizer"])
 def test_transforms_of_other_arguments_are_refused(name):
     given = arguments("cpu")
     batch = given.pop(name).expand(2, *arguments("cpu")[name].shape)
@@ -150,7 +151,7 @@ def test_transforms_of_other_arguments_are_refused(name):
 
 @pairwise(path=PATHS, reduction=["mean", "none"], grad_in_forward=MODES)
 def test_batched_upstream_gradients_are_refused(device, reduction, grad_in_forward):
-    given = arguments(device)
+    given = arguments(device, reduction)
     logits = given["logits"].requires_grad_()
     loss = lmf_loss(**given, reduction=reduction, grad_in_forward=grad_in_forward)
     with pytest.raises(NotImplementedError, match="the upstream gradient is wrapped"):
@@ -231,7 +232,7 @@ def test_no_size_is_tested_by_in(source):
 
 @pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, scale=[1.0, 30.0])
 def test_no_argument_is_written_to(device, reduction, grad_in_forward, scale):
-    given = arguments(device)
+    given = arguments(device, reduction)
     upstream = torch.full((33,) if reduction == "none" else (), 0.3, device=device)
     before = {name: tensor.clone() for name, tensor in given.items()} | {"upstream": upstream.clone()}
     versions = {name: tensor._version for name, tensor in given.items()}
@@ -343,7 +344,7 @@ OTHER_FORMS = {
 @pairwise(form=OTHER_FORMS, reduction=["none", "mean"], grad_in_forward=MODES, expanded=[False, True])
 def test_hooks_may_give_back_the_values_in_another_form(device, form, reduction, grad_in_forward, expanded):
     """What they store stays as it is; what they give back is read as what it is."""
-    given = arguments(device)
+    given = arguments(device, reduction)
     if expanded:
         given["logits"] = given["logits"][:1].expand(33, 7)
     options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
@@ -460,7 +461,7 @@ def test_the_loss_may_be_changed_in_place(device, shape, reduction, grad_in_forw
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_loss_without_gradient_may_be_changed_in_place(device, reduction):
-    given = arguments(device)
+    given = arguments(device, reduction)
     with torch.no_grad():
         loss = lmf_loss(**given, reduction=reduction)
         expected = 3 * loss

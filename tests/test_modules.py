@@ -61,10 +61,10 @@ def test_buffers(module):
 def test_repr_shows_the_settings():
     assert repr(LMFLoss([4, 1], alpha=1.5, scale=30.0)) == (
         "LMFLoss(n_classes=2, alpha=1.5, beta=1.0, gamma=1.5, max_margin=0.5, scale=30.0, ignore_index=-100, "
-        "reduction='mean', weight=None)"
+        "reduction='mean', check_target=False, weight=None)"
     )
     assert repr(FocalLoss(gamma=2.0, weight=torch.tensor([0.5, 2.0]))) == (
-        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', weight=(2,))"
+        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', check_target=False, weight=(2,))"
     )
 
 
@@ -96,7 +96,7 @@ def test_max_margin_is_fixed():
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (LMFLoss(COUNTS), ["class_counts", "grad_in_forward", "check_target"]),
+        (LMFLoss(COUNTS), ["class_counts", "grad_in_forward", "normalizer"]),
         (LDAMLoss(COUNTS), ["alpha", "beta", "gamma", "class_counts"]),
         (FocalLoss(), ["alpha", "beta", "scale", "max_margin", "margins", "class_counts"]),
     ],
@@ -110,12 +110,16 @@ def test_settings_that_a_loss_does_not_have_are_refused(module, names):
 
 @pytest.mark.parametrize("module", [LMFLoss(COUNTS), LDAMLoss(COUNTS), FocalLoss()], ids=lambda m: type(m).__name__)
 def test_every_setting_that_is_accepted_has_an_effect(module):
-    """And none is shown that has none."""
+    """And none is shown that has none. What ``check_target`` does is another test's: these targets are right."""
     values = {"alpha": 2.0, "beta": 0.3, "gamma": 3.0, "scale": 4.0, "ignore_index": 2, "reduction": "sum"}
     values |= {"margins": torch.linspace(0, 3, 7), "weight": WEIGHT}
     logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
     target = torch.arange(9) % 7
-    shown = {part.split("=")[0] for part in module.extra_repr().split(", ")} - {"n_classes", "max_margin"}
+    shown = {part.split("=")[0] for part in module.extra_repr().split(", ")} - {
+        "n_classes",
+        "max_margin",
+        "check_target",
+    }
     assert shown <= set(values)
     for name, value in values.items():
         changed = copy.deepcopy(module)

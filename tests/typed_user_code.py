@@ -18,6 +18,8 @@ from lmf_triton import (
     lmf_loss,
 )
 
+Normalizer = float | Tensor | tuple[float | Tensor, float | Tensor]
+
 N_CLASSES = 3
 EPOCHS = 4
 
@@ -30,8 +32,8 @@ class AnnealedFocalLoss(FocalLoss):
         self.alpha = alpha
         self.final_gamma = final_gamma
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self.alpha * super().forward(logits, target)
+    def forward(self, input: Tensor, target: Tensor, *, normalizer: Normalizer | None = None) -> Tensor:
+        return self.alpha * super().forward(input, target, normalizer=normalizer)
 
     def step(self) -> None:
         self.gamma += 0.5 * (self.final_gamma - self.gamma)
@@ -117,10 +119,25 @@ def by_the_function(target: Tensor, logits: Tensor) -> Tensor:
         weight=weights,
         ignore_index=-1,
         reduction="mean_per_term",
+        normalizer=(weights[target].sum(), len(target)),
         grad_in_forward=False,
         check_target=True,
     )
-    return per_sample.mean() + total + mean
+    parts = [lmf_loss(logits[i::2], target[i::2], normalizer=len(target)) for i in range(2)]
+    return per_sample.mean() + total + mean + parts[0] + parts[1]
+
+
+def accumulate(criterion: LMFLoss | LDAMLoss | FocalLoss, inputs: Tensor, target: Tensor) -> Tensor:
+    """Micro-batches whose gradients add up to that of the whole."""
+    normalizers: list[Normalizer] = [len(target), float(len(target)), torch.tensor(len(target))]
+    losses = [
+        criterion(input=inputs[part::2], target=target[part::2], normalizer=normalizer)
+        for normalizer in normalizers
+        for part in range(2)
+    ]
+    criterion.check_target = True
+    losses.append(assert_type(criterion.forward(inputs, target, normalizer=len(target)), Tensor))
+    return assert_type(torch.stack(losses), Tensor)
 
 
 def main() -> None:
@@ -136,6 +153,7 @@ def main() -> None:
         weight=class_balanced_weights(counts),
         ignore_index=-1,
         reduction="mean_per_term",
+        check_target=False,
     )
     assert_type(lmf(inputs[:, :N_CLASSES], target), Tensor)
     lmf.gamma, lmf.ignore_index, lmf.reduction, lmf.weight = 2, -100, "mean", None
@@ -148,6 +166,7 @@ def main() -> None:
     print(annealed.gamma + ldam.scale + ldam.max_margin + annealed.alpha)
     logits = inputs[:, :N_CLASSES].clone().requires_grad_()
     by_the_function(target, logits).backward()
+    print([accumulate(criterion, logits.detach(), target) for criterion in (lmf, ldam, focal)])
     print(logits.grad)
 
 

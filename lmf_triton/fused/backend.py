@@ -37,8 +37,9 @@ class Inputs(NamedTuple):
 
     logits: Tensor
     target: Tensor
-    margins: Tensor | None
-    weight: Tensor | None
+    margins: Tensor | None = None
+    weight: Tensor | None = None
+    normalizer: Tensor | None = None
 
 
 class Outputs(NamedTuple):
@@ -54,6 +55,7 @@ def forward(
     target: Tensor,
     margins: Tensor | None,
     weight: Tensor | None,
+    normalizer: Tensor | None,
     options: LossOptions,
     *,
     keep: Keep,
@@ -62,11 +64,11 @@ def forward(
 
     In four steps: plan, denominators, launch, sum of the parts.
     """
-    checks.check_readable(logits=logits, target=target, margins=margins, weight=weight)
-    if target.numel() == 0:
-        return _of_no_samples(logits, target, options, keep)
+    checks.check_readable(logits=logits, target=target, margins=margins, weight=weight, normalizer=normalizer)
     margins, weight = (t if t is None else t.contiguous() for t in (margins, weight))  # (C,): a copy costs nothing
-    inputs = Inputs(logits, target, margins, weight)
+    inputs = Inputs(logits, target, margins, weight, normalizer)
+    if target.numel() == 0:
+        return _of_no_samples(inputs, options, keep)
     grad = torch.empty_like(logits) if keep == "gradient" else None
     plan = launch.plan_forward(
         _axes(logits),
@@ -78,7 +80,9 @@ def forward(
         device=_launch_device(logits.device),
     )
     with _device_of(logits):
-        totals = _totals(inputs, options) if options.rule.is_mean and plan.n_partials > 1 else None
+        totals = normalizer
+        if totals is None and options.rule.is_mean and plan.n_partials > 1:
+            totals = _totals(inputs, options)
         loss = _empty_losses(inputs, options, plan.n_partials)
         if plan.summarise is None:
             coefs = _empty_coefs(inputs) if keep == "coefs" else None
@@ -102,7 +106,7 @@ def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptio
     grad = torch.empty_like(logits)
     if grad.numel() > 0:
         with _device_of(logits):
-            _launch_backward(Inputs(logits, target, None, None), coefs, upstream, grad, options)
+            _launch_backward(Inputs(logits, target), coefs, upstream, grad, options)
     return grad
 
 
@@ -213,8 +217,8 @@ def _launch_forward(
             plan.n_classes,
             plan.n_items,
             FORM=_form(options),
-            RULE=options.rule,
-            N_TOTALS=1 if totals is None else totals.shape[1],
+            RULE=options.rule.with_totals(inputs.normalizer),
+            N_TOTALS=1 if totals is None else totals.numel() // 2,
         )
 
 
@@ -258,19 +262,17 @@ def _launch(kernel: Any, plan: launch.Plan, *arguments: Any, **constexprs: Any) 
     kernel[(plan.n_programs,)](*arguments, **constexprs, **plan.meta, **COMPILER_OPTIONS)
 
 
-def _of_no_samples(
-    logits: Tensor, target: Tensor, options: LossOptions, keep: Keep
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _of_no_samples(inputs: Inputs, options: LossOptions, keep: Keep) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Loss and gradient of an empty batch."""
-    inputs = Inputs(logits, target, None, None)
-    loss = _empty_losses(inputs, options, 1).fill_(reduction.of_no_samples(options.rule))
-    return loss, _kept(keep, torch.empty_like(logits), inputs, _empty_coefs(inputs))
+    loss = _empty_losses(inputs, options, 1)
+    loss.fill_(reduction.of_no_samples(options.rule.with_totals(inputs.normalizer)))
+    return loss, _kept(keep, torch.empty_like(inputs.logits), inputs, _empty_coefs(inputs))
 
 
 def _kept(keep: Keep, grad: Tensor | None, inputs: Inputs, coefs: Tensor | None) -> tuple[Tensor | None, ...]:
     if keep == "gradient":
         return (grad,)
-    return (inputs.logits, inputs.target, None, None, coefs) if keep == "coefs" else ()
+    return (*inputs, coefs) if keep == "coefs" else ()
 
 
 def _empty_losses(inputs: Inputs, options: LossOptions, n_partials: int) -> Tensor:

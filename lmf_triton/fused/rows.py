@@ -407,7 +407,8 @@ def terms_and_slopes(
 def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, RULE: tl.constexpr):
     """What the loss and gradient of each term are divided by, see reduction.py: 1 unless they are means.
 
-    From totals_kernel's partial sums; without them, from the rows of this program, which then has them all.
+    From the totals given, or totals_kernel's partial sums; without either, from the rows of this program, which then
+    has them all.
     """
     weight_total = tl.full([], 1.0, weight.dtype)
     count = weight_total
@@ -418,6 +419,10 @@ def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, RULE: tl
         offs = tl.arange(0, N_TOTALS)
         weight_total = tl.sum(tl.load(totals_ptr + offs))
         count = tl.sum(tl.load(totals_ptr + N_TOTALS + offs))
+    if RULE.totals_given:  # whatever they are, the loss of rows of which none takes part is 0
+        some_kept = tl.max(kept.to(tl.int32)) > 0
+        weight_total = tl.where(some_kept, weight_total, 1.0)
+        count = tl.where(some_kept, count, 1.0)
     return Denominators(weight_total, count if RULE.focal_by_count else weight_total)
 
 

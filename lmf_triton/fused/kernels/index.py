@@ -87,7 +87,7 @@ def forward_kernel(
     target_ptr, target_stride_group, target_stride_row,  # (group, row), any integer type
     margins_ptr,  # (class) or None
     weight_ptr,  # (class) or None
-    totals_ptr,  # (2, N_TOTALS) from totals_kernel; None: no mean, or this one tile holds all rows
+    totals_ptr,  # (2, N_TOTALS) from totals_kernel, or given; None: no mean, or this one tile holds all rows
     summaries_ptr,  # (3, row, part) from summarise_kernel, in the one tile that combines them; or None
     loss_ptr,  # (group, row) if nothing is reduced, otherwise (program): the sum of its rows
     coefs_ptr, out_stride_group, out_stride_row,  # (group, row, N_COEFS) or None; the strides of loss_ptr too
