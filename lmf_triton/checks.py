@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import hints
 from .options import LossOptions
 from .reduction import RULES, Normalizer, Number
 from .shapes import class_axis
@@ -67,29 +68,39 @@ def check_grad_in_forward(grad_in_forward: object) -> None:
 def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None) -> None:
     """Raise a TypeError or ValueError unless types, dtypes, shapes and devices fit together."""
     for name, tensor in ("logits", logits), ("target", target):
-        _check_kind(name, tensor, "a tensor")
+        check_kind(name, tensor, "a tensor")
     if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    if target.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"target must hold class indices of an integer dtype, got {target.dtype}")
+        hint = hints.for_logits(logits, target)
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}{hint}")
     shape = logits.shape
+    if target.dtype not in INTEGER_DTYPES:
+        raise TypeError(
+            f"target must hold class indices of an integer dtype, got {target.dtype} of shape {tuple(target.shape)} "
+            f"for logits of shape {tuple(shape)}{hints.for_target(logits, target)}"
+        )
     if len(shape) == 0:
         raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a scalar")
     expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
     if target.shape != expected:
         raise ValueError(
             f"target must have the shape of logits without the class axis, {tuple(expected)} for logits of shape "
-            f"{tuple(shape)}, got {tuple(target.shape)}"
+            f"{tuple(shape)}, got {tuple(target.shape)}{hints.for_target(logits, target)}"
         )
     n_classes = shape[class_axis(shape)]
     if n_classes == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(shape)}")
     if target.device != logits.device:
-        raise ValueError(f"target must be on the device of logits, {logits.device}, got {target.device}")
+        raise ValueError(
+            f"target must be on the device of logits, {logits.device}, got {target.device}: "
+            "give target.to(logits.device)"
+        )
     for name, per_class in ("margins", margins), ("weight", weight):
         check_per_class(name, per_class, n_classes)
         if per_class is not None and per_class.device != logits.device:
-            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {per_class.device}")
+            raise ValueError(
+                f"{name} must be on the device of logits, {logits.device}, got {per_class.device}: "
+                f"give {name}.to(logits.device), or move the loss that has it, criterion.to({str(logits.device)!r})"
+            )
 
 
 def check_normalizer(normalizer: Normalizer, options: LossOptions, logits: Tensor) -> None:
@@ -151,7 +162,7 @@ def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int
             index = wrong.nonzero()[0].tolist()
             raise IndexError(
                 f"target must be in [0, {n_classes}) or ignore_index={ignore_index}, "
-                f"got {int(wide[tuple(index)])} at index {index}"
+                f"got {int(wide[tuple(index)])} at index {index}{hints.SINGLE_LOGIT if n_classes == 1 else ''}"
             )
     return low, high
 
@@ -160,21 +171,26 @@ def check_per_class(name: str, per_class: Tensor | None, n_classes: int | None) 
     """Raise a TypeError or ValueError unless this is one floating-point value a class, without gradient, or None."""
     if per_class is None:
         return
-    _check_kind(name, per_class, "a tensor or None")
+    check_kind(name, per_class, "a tensor or None")
     if per_class.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be of a floating-point dtype, float16 to float64, got {per_class.dtype}")
+        hint = "" if per_class.is_complex() else f": give {name}.float()"
+        raise TypeError(f"{name} must be of a floating-point dtype, float16 to float64, got {per_class.dtype}{hint}")
     # No test by "in" here: of a symbolic length, torch.compile answers it wrongly.
     if per_class.ndim != 1 or (n_classes is not None and per_class.shape[0] != n_classes):
         expected = "(C,)" if n_classes is None else f"({n_classes},)"
-        raise ValueError(f"{name} must have one value a class, shape {expected}, got {tuple(per_class.shape)}")
+        hint = hints.for_per_class(name, per_class, n_classes)
+        raise ValueError(f"{name} must have one value a class, shape {expected}, got {tuple(per_class.shape)}{hint}")
     if per_class.requires_grad:
-        raise ValueError(f"{name} has no gradient in this loss, got a tensor with requires_grad=True")
+        raise ValueError(
+            f"{name} has no gradient in this loss, got a tensor with requires_grad=True: give {name}.detach()"
+        )
 
 
-def _check_kind(name: str, tensor: Tensor, expected: str) -> None:
+def check_kind(name: str, tensor: Tensor, expected: str) -> None:
     """Refuse what is no tensor, and tensors that are no strided array of this process's own values."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}")
+        hint = hints.for_other_types(name, tensor)
+        raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}{hint}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, of layout torch.strided, got {kind}: see Tensor.to_dense()")

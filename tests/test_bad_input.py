@@ -44,6 +44,7 @@ TARGET = torch.tensor([0, 1, 2, 0])
         ({"alpha": "1"}, TypeError, ["alpha", "'1'"]),
         ({"target": TARGET.to(torch.complex64)}, TypeError, ["integer", "complex64"]),
         ({"weight": torch.ones(3).to(torch.float8_e4m3fn)}, TypeError, ["weight", "float16", "float8_e4m3fn"]),
+        ({"logits": LOGITS.bool()}, TypeError, ["float16", "bool"]),
         ({"alpha": -1.0}, ValueError, ["alpha", "positive", "-1.0"]),
         ({"alpha": 10**400}, ValueError, ["alpha", "float32", "1000"]),
         ({"scale": 1e39}, ValueError, ["scale", "float32", "1e+39"]),
