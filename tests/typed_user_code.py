@@ -1,6 +1,9 @@
 """A training script as a user may write it, with every public name. Type checkers read it, and a test runs it."""
 
-from collections import Counter
+from array import array
+from collections import Counter, deque
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -56,6 +59,10 @@ def margins_and_weights(target: Tensor) -> tuple[Tensor, Tensor]:
         ldam_margins(Counter(labels)),
         ldam_margins(dict(enumerate(as_list))),
         ldam_margins(np.bincount(labels)),
+        ldam_margins([Fraction(n, len(labels)) for n in as_list]),
+        ldam_margins([Decimal(n) for n in as_list]),
+        ldam_margins(deque(as_list)),
+        ldam_margins(array("l", as_list)),
         ldam_margins(torch.bincount(target, minlength=N_CLASSES)),
     ):
         assert_type(margins, Tensor)
