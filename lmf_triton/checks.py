@@ -4,6 +4,7 @@ import math
 import sys
 from functools import lru_cache
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,26 +38,50 @@ def check_options(
 def _check_options(
     alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
 ) -> LossOptions:
-    for name, value in ("alpha", alpha), ("beta", beta), ("gamma", gamma), ("scale", scale):
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
+    given = {"alpha": alpha, "beta": beta, "gamma": gamma, "scale": scale}
+    numbers = {name: as_float(name, value) for name, value in given.items()}
+    for name, value in numbers.items():
         if not (value == 0 or FLOAT32.tiny <= value <= FLOAT32.max):
-            raise ValueError(f"{name} must be 0 or positive, finite and within float32's range, got {value!r}")
+            raise ValueError(f"{name} must be 0 or positive, finite and within float32's range, got {given[name]!r}")
     if alpha == 0 and beta == 0:
         raise ValueError("alpha and beta are both 0: expected at least one term of the loss")
     if scale == 0:
         raise ValueError(f"scale must be greater than 0, got {scale!r}")
-    if not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r} of type {type(ignore_index).__name__}")
+    ignore_index = as_int("ignore_index", ignore_index)
     if not INT64.min <= ignore_index <= INT64.max:
         raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
     if not isinstance(reduction, str) or reduction not in RULES:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, RULES))}, got {reduction!r}")
-    return LossOptions(float(alpha), float(beta), float(gamma), float(scale), int(ignore_index), reduction)
+    return LossOptions(**numbers, ignore_index=ignore_index, reduction=reduction)
 
 
 # The same few settings come with every batch: to check them again costs as much as to check the tensors.
 _known_options = lru_cache(maxsize=256, typed=True)(_check_options)
+
+
+def as_float(name: str, value: object) -> float:
+    """The number as Python's, infinite where that cannot hold it; a TypeError if it is none, or a tensor."""
+    number = python_number(value)
+    if not isinstance(number, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def as_int(name: str, value: object) -> int:
+    """The integer as Python's, or a TypeError. True is no integer, as for PyTorch."""
+    number = python_number(value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    return int(number)
+
+
+def python_number(value: Any) -> Any:
+    """Python's number for one of NumPy's, which may be an array without axes; anything else as it is."""
+    is_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_numpy else value
 
 
 def check_grad_in_forward(grad_in_forward: object) -> None:

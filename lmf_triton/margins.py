@@ -1,11 +1,11 @@
 """From class counts to LDAM margins and class-balanced weights."""
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from .checks import as_float
 from .counts import ClassCounts, counts_in_order
 
 
@@ -29,13 +29,9 @@ def ldam_margins(class_counts: ClassCounts, *, max_margin: float = 0.5, constant
     References:
         Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", 2019, section 3.
     """
-    _check_not_negative("max_margin", max_margin)
+    widest = _not_negative("max_margin", max_margin)
     raw = [count**-0.25 for count in counts_in_order(class_counts)]
-    if constant is None:
-        factor = float(max_margin) / max(raw)
-    else:
-        _check_not_negative("constant", constant)
-        factor = float(constant)
+    factor = widest / max(raw) if constant is None else _not_negative("constant", constant)
     return _per_class([factor * each for each in raw], class_counts)
 
 
@@ -58,8 +54,7 @@ def class_balanced_weights(class_counts: ClassCounts, *, beta: float = 0.9999) -
     References:
         Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, eq. 2 and section 4.
     """
-    if not isinstance(beta, Real):
-        raise TypeError(f"beta must be a real number, got {beta!r} of type {type(beta).__name__}")
+    beta = as_float("beta", beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta!r}")
     # 1 - beta^n without cancellation: for n = 1 and beta near 1 it is 1 - beta.
@@ -76,8 +71,8 @@ def _per_class(values: list[float], class_counts: ClassCounts) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _check_not_negative(name: str, value: float) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
+def _not_negative(name: str, value: float) -> float:
+    number = as_float(name, value)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    return number

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checks import check_options, check_per_class
+from .checks import check_options, check_per_class, python_number
 from .counts import ClassCounts, counts_in_order
 from .functional import lmf_loss
 from .margins import ldam_margins
@@ -107,7 +107,7 @@ class LossModule(nn.Module):
         if name in BUFFERS and (value is None or isinstance(value, Tensor)):  # a Parameter is no exception
             self.register_buffer(name, value, name not in self._non_persistent_buffers_set)
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, python_number(value) if name in self._settings else value)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name in BUFFERS:

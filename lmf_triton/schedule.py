@@ -1,12 +1,11 @@
 """LDAM's deferred re-weighting: which class weights hold at which epoch."""
 
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_plain
+from .checks import as_int, check_plain
 from .counts import ClassCounts
 from .margins import class_balanced_weights
 from .modules import LossModule
@@ -60,12 +59,11 @@ class DeferredReweighting:
     ) -> None:
         if "weight" not in getattr(criterion, "_buffers", {}):
             raise TypeError(f"criterion must be a loss module with a buffer 'weight', got {type(criterion).__name__}")
-        _check_epoch("start_epoch", start_epoch)
         weight = _weight_of(criterion)
         if weight is not None:
             check_plain("criterion.weight", weight)
         self.criterion = criterion
-        self.start_epoch = start_epoch
+        self.start_epoch = _not_negative("start_epoch", start_epoch)
         where_counts_are = class_counts.device if isinstance(class_counts, Tensor) else torch.get_default_device()
         with torch.device("cpu"):  # not meta, where it would have no values
             self._deferred = class_balanced_weights(class_counts, beta=beta)
@@ -86,7 +84,7 @@ class DeferredReweighting:
 
     def step(self, epoch: int) -> None:
         """Set the weights of this epoch, the first being 0. In place: a captured CUDA graph sees them too."""
-        _check_epoch("epoch", epoch)
+        has_started = _not_negative("epoch", epoch) >= self.start_epoch
         weight = _weight_of(self.criterion)
         if weight is None:
             raise RuntimeError("the loss's weight was set to None: make the schedule anew")
@@ -97,7 +95,7 @@ class DeferredReweighting:
             )
         weight = self._own_weight(weight)
         with torch.no_grad():
-            weight.copy_(self._initial if epoch < self.start_epoch else self._deferred)
+            weight.copy_(self._deferred if has_started else self._initial)
 
     def _own_weight(self, weight: Tensor) -> Tensor:
         """The loss's weight, or a copy in its place: no tensor of the caller's, who may share it with a second loss."""
@@ -177,8 +175,8 @@ def _check_device(criterion: nn.Module, inputs: tuple[object, ...]) -> None:
         )
 
 
-def _check_epoch(name: str, epoch: int) -> None:
-    if not isinstance(epoch, Integral):
-        raise TypeError(f"{name} must be an integer, got {epoch!r} of type {type(epoch).__name__}")
-    if epoch < 0:
-        raise ValueError(f"{name} must be at least 0, got {epoch}")
+def _not_negative(name: str, value: object) -> int:
+    number = as_int(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return number
