@@ -1,6 +1,6 @@
-"""LDAM's deferred re-weighting: which class weights hold at which epoch."""
+"""LDAM's deferred re-weighting: which class weights hold at which epoch or step."""
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .modules import LossModule
 
 
 class DeferredReweighting:
-    """LDAM's schedule (DRW): train unweighted first, with class-balanced weights from ``start_epoch`` on.
+    """LDAM's schedule (DRW): train unweighted first, with class-balanced weights from ``start_epoch`` or step on.
 
     It writes into the ``weight`` buffer of a loss: any of this package's, or ``nn.CrossEntropyLoss``. A loss that was
     built without one gets a buffer of ones, which changes no value, so that its ``state_dict`` has the same keys in
@@ -24,6 +24,9 @@ class DeferredReweighting:
             schedule.step(epoch)
             ...
 
+    Who counts optimizer steps gives ``start_step`` instead, and calls ``schedule.step(global_step)`` before the forward
+    pass. The number decides alone: the schedule keeps no count that a checkpoint would have to hold.
+
     The first stage has the weights that the loss was built with, or was assigned: neither an earlier schedule nor a
     checkpoint of the second stage changes what a schedule starts from. (A loss of another library does not remember
     what it was built with: make its schedule before a checkpoint is loaded.) A tensor that the caller handed to the
@@ -33,37 +36,65 @@ class DeferredReweighting:
         criterion: the loss, a module with a buffer ``weight``, ``(C,)`` or ``None``.
         class_counts: training samples of each class, as for :func:`lmf_triton.ldam_margins`.
         start_epoch: first epoch with class-balanced weights; >= 0. LDAM's authors take 160 of 200.
+        start_step: first step with them, in place of ``start_epoch``: :meth:`step` is then given steps.
         beta: of :func:`lmf_triton.class_balanced_weights`.
         device: where the weights shall be. ``None`` is where the loss is. Only a loss of another library without
             weights, such as ``nn.CrossEntropyLoss()``, does not know where it was moved: its weights are put where
             ``class_counts`` are, if that is a tensor, else on PyTorch's default device.
 
     Raises:
-        TypeError: the criterion has no buffer ``weight``, or an argument is of the wrong type.
-        ValueError: ``start_epoch`` is negative, the weight's length is not C, or as ``class_balanced_weights``; or what
+        TypeError: the criterion has no buffer ``weight``, an argument is of the wrong type, or not one of
+            ``start_epoch`` and ``start_step`` is given.
+        ValueError: the start is negative, the weight's length is not C, or as ``class_balanced_weights``; or what
             the first stage starts from cannot be told, since the criterion's weights are those of the second already.
 
     References:
         Cao et al. 2019, algorithm 1, with the weights of Cui et al. 2019.
     """
 
-    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside
+    @overload
     def __init__(
         self,
         criterion: nn.Module,
         class_counts: ClassCounts,
         *,
         start_epoch: int,
+        beta: float = ...,
+        device: torch.device | str | int | None = ...,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        criterion: nn.Module,
+        class_counts: ClassCounts,
+        *,
+        start_step: int,
+        beta: float = ...,
+        device: torch.device | str | int | None = ...,
+    ) -> None: ...
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be written to outside
+    def __init__(
+        self,
+        criterion: nn.Module,
+        class_counts: ClassCounts,
+        *,
+        start_epoch: int | None = None,
+        start_step: int | None = None,
         beta: float = 0.9999,
         device: torch.device | str | int | None = None,
     ) -> None:
         if "weight" not in getattr(criterion, "_buffers", {}):
             raise TypeError(f"criterion must be a loss module with a buffer 'weight', got {type(criterion).__name__}")
+        if (start_epoch is None) == (start_step is None):
+            raise TypeError(f"give one of start_epoch and start_step, got {start_epoch!r} and {start_step!r}")
         weight = _weight_of(criterion)
         if weight is not None:
             check_plain("criterion.weight", weight)
         self.criterion = criterion
-        self.start_epoch = _not_negative("start_epoch", start_epoch)
+        if start_step is None:
+            self.start = _not_negative("start_epoch", start_epoch)
+        else:
+            self.start = _not_negative("start_step", start_step)
         where_counts_are = class_counts.device if isinstance(class_counts, Tensor) else torch.get_default_device()
         with torch.device("cpu"):  # not meta, where it would have no values
             self._deferred = class_balanced_weights(class_counts, beta=beta)
@@ -82,9 +113,12 @@ class DeferredReweighting:
                 criterion.register_forward_pre_hook(_check_device)
         self._own_weight(weight)
 
-    def step(self, epoch: int) -> None:
-        """Set the weights of this epoch, the first being 0. In place: a captured CUDA graph sees them too."""
-        has_started = _not_negative("epoch", epoch) >= self.start_epoch
+    def step(self, epoch_or_step: int) -> None:
+        """Set the weights of this epoch, or step where the start is one, the first being 0.
+
+        In place: a captured CUDA graph sees them too.
+        """
+        has_started = _not_negative("the epoch or step", epoch_or_step) >= self.start
         weight = _weight_of(self.criterion)
         if weight is None:
             raise RuntimeError("the loss's weight was set to None: make the schedule anew")
@@ -94,6 +128,8 @@ class DeferredReweighting:
                 "the loss is on the meta device, where weights have no values: materialise it, then step"
             )
         weight = self._own_weight(weight)
+        # Beside the weight from now on, so that no later step has to wait for the device.
+        self._initial, self._deferred = self._initial.to(weight.device), self._deferred.to(weight.device)
         with torch.no_grad():
             weight.copy_(self._deferred if has_started else self._initial)
 

@@ -8,7 +8,7 @@ import torch
 from oracle import make_case
 from torch.profiler import ProfilerActivity, profile
 
-from lmf_triton import LMFLoss, lmf_loss
+from lmf_triton import DeferredReweighting, FocalLoss, LMFLoss, class_balanced_weights, lmf_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -36,6 +36,19 @@ def test_no_synchronisation(case, grad_in_forward):
         forward_and_backward(case, grad_in_forward)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_schedule_that_counts_steps_waits_at_the_first_alone():
+    criterion = FocalLoss().cuda()
+    schedule = DeferredReweighting(criterion, [500, 40, 3], start_step=2)
+    schedule.step(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        schedule.step(1)
+        schedule.step(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert criterion.weight.tolist() == class_balanced_weights([500, 40, 3]).tolist()
 
 
 @pytest.mark.parametrize("grad_in_forward", MODES)

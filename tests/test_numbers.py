@@ -123,9 +123,10 @@ def test_a_number_out_of_range_is_refused(name, value):
 
 
 STARTS = {
-    "start_epoch": lambda n: DeferredReweighting(FocalLoss(), COUNTS, start_epoch=n),
-    "epoch": lambda n: DeferredReweighting(FocalLoss(), COUNTS, start_epoch=1).step(n),
+    name: lambda n, name=name: DeferredReweighting(FocalLoss(), COUNTS, **{name: n})
+    for name in ("start_epoch", "start_step")
 }
+STARTS["the epoch or step"] = lambda n: DeferredReweighting(FocalLoss(), COUNTS, start_epoch=1).step(n)
 STARTS["ignore_index"] = lambda n: lmf_loss(torch.ones(2, 3), torch.tensor([0, 2]), ignore_index=n)
 
 

@@ -83,6 +83,17 @@ def weights_at(schedule, epochs) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+def test_the_weights_set_in_at_their_step(make_loss):
+    """Among steps of several epochs, and when a run is resumed before or after it."""
+    schedule = DeferredReweighting(make_loss(), COUNTS, start_step=40)
+    first, balanced = [1.0, 1.0, 1.0], class_balanced_weights(COUNTS).tolist()
+    assert weights_at(schedule, range(100)) == [first] * 40 + [balanced] * 60
+    resumed = DeferredReweighting(make_loss(), COUNTS, start_step=40)
+    resumed.criterion.load_state_dict(schedule.criterion.state_dict())
+    assert weights_at(resumed, [20, 40, 39, 100]) == [first, balanced, first, balanced]
+
+
+@pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("own", [None, [1.0, 2.0, 3.0]])
 def test_an_epoch_has_its_weights_whatever_was_stepped_to_before(make_loss, own):
     schedule = DeferredReweighting(make_loss(own and torch.tensor(own)), COUNTS, start_epoch=2)
@@ -202,6 +213,7 @@ def test_casting_a_loss_does_not_move_it(triton_device):
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
 def test_epochs_may_be_of_numpy(make_loss):
     schedule = DeferredReweighting(make_loss(), COUNTS, start_epoch=np.int64(1))
+    assert type(schedule.start) is int
     assert weights_at(schedule, np.arange(2)) == [[1.0, 1.0, 1.0], class_balanced_weights(COUNTS).tolist()]
 
 
@@ -259,6 +271,15 @@ def test_weights_without_values_are_no_start():
         ((nn.MSELoss(), COUNTS), {"start_epoch": 1}, TypeError, "a buffer 'weight', got MSELoss"),
         ((FocalLoss(), COUNTS), {"start_epoch": -1}, ValueError, "at least 0, got -1"),
         ((FocalLoss(), COUNTS), {"start_epoch": 1.5}, TypeError, "got 1.5 of type float"),
+        ((FocalLoss(), COUNTS), {"start_step": -1}, ValueError, "start_step must be at least 0, got -1"),
+        (
+            (FocalLoss(), COUNTS),
+            {"start_step": 1e4},
+            TypeError,
+            "start_step must be an integer, got 10000.0 of type float",
+        ),
+        ((FocalLoss(), COUNTS), {}, TypeError, "one of start_epoch and start_step, got None and None"),
+        ((FocalLoss(), COUNTS), {"start_epoch": 1, "start_step": 9}, TypeError, "start_step, got 1 and 9"),
         ((FocalLoss(weight=torch.ones(4)), COUNTS), {"start_epoch": 1}, ValueError, "4 class weights, got 3"),
         ((FocalLoss(), [1, 0]), {"start_epoch": 1}, ValueError, "class 1"),
     ],

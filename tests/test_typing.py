@@ -45,6 +45,7 @@ WRONG_LINES = [
     "criterion.check_target = counts",
     'ldam_margins({"cat": 3, "dog": 2})',
     "DeferredReweighting(criterion, counts)",
+    "DeferredReweighting(criterion, counts, start_epoch=1, start_step=1)",
     "DeferredReweighting(lmf_loss, counts, start_epoch=1)",
 ]
 

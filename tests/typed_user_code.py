@@ -106,6 +106,9 @@ def train(criterion: LMFLoss | LDAMLoss | FocalLoss | nn.CrossEntropyLoss, start
         losses.append(loss.item())
         if isinstance(criterion, AnnealedFocalLoss):
             criterion.step()
+    by_steps = DeferredReweighting(criterion, Counter(target.tolist()), start_step=start_epoch * len(inputs))
+    by_steps.step(EPOCHS * len(inputs))
+    assert_type(by_steps.start, int)
     assert_type(schedule.criterion, nn.Module)
     return losses[-1] / losses[0]
 
