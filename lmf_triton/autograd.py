@@ -48,12 +48,12 @@ class LMFFunction(Function):
         if upstream is None:
             return (None,) * 8
         checks.check_plain("the upstream gradient", upstream)
-        upstream = checks.without_lazy_bits(upstream)
         link, *saved = ctx.saved_tensors
         if ctx.strides_for_hooks is not None:
             saved = [_laid_out(*kept) for kept in zip(saved, ctx.strides_for_hooks, strict=True)]
         if ops_are_needed(upstream):
             return _gradient_by_operators(ctx, link, saved, upstream), *(None,) * 7
+        upstream = checks.without_lazy_bits(upstream)
         if not torch.is_grad_enabled():
             return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 7
         with torch.no_grad():  # create_graph=True
@@ -175,9 +175,7 @@ def _forward_with_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
     """``lmf_triton::forward`` where autograd looks: with a graph, if one is wanted."""
     if torch.is_grad_enabled() and arguments[0].requires_grad:
         if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                "lmf_loss does not support torch.func.functionalize within a torch.func.grad: the other way round works"
-            )
+            raise checks.no_functionalize()
         outputs: tuple[Tensor, ...] = OperatorFunction.apply(*arguments)
         return outputs[:3]
     with torch._C._AutoDispatchBelowAutograd():
@@ -187,21 +185,24 @@ def _forward_with_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def by_operator(*arguments: Any) -> Tensor:
-    """The loss by ``lmf_triton::forward``."""
-    if _transforms_need_function():
-        loss: Tensor = OperatorFunction.apply(*arguments)[0]
+    """The loss by ``lmf_triton::forward``. The transforms of torch.func do not see a Function within an operator."""
+    loss: Tensor
+    transforms = _transforms()
+    if transforms and "Functionalize" not in transforms:
+        loss, *_ = OperatorFunction.apply(*arguments)
         return loss
+    if transforms and arguments[0].requires_grad:
+        raise checks.no_functionalize()
     loss, *_ = torch.ops.lmf_triton.forward(*arguments)
     return loss
 
 
-def _transforms_need_function() -> bool:
-    """Whether a transform of torch.func would not see a Function within an operator."""
+def _transforms() -> list[str]:
+    """The names of torch.func's transforms that are active, and not those of a call that Dynamo traces."""
     if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    nearest = functorch.peek_interpreter_stack().key()
-    return nearest != functorch.TransformType.Functionalize  # which has no rule for a Function
+        return []
+    stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return [interpreter.key().name for interpreter in stack or ()]
 
 
 ops.LIBRARY.impl("forward", _forward_with_derivative, "Autograd", with_keyset=True)

@@ -145,7 +145,7 @@ def check_normalizer(normalizer: Normalizer, options: LossOptions, logits: Tenso
 
 def _check_denominator(number: Number, device: torch.device) -> None:
     if isinstance(number, Tensor):
-        _check_kind("normalizer", number, "a tensor")
+        check_kind("normalizer", number, "a tensor")
         if number.dtype not in FLOAT_DTYPES + INTEGER_DTYPES:
             raise TypeError(f"normalizer must be of a floating-point or integer dtype, got {number.dtype}")
         if number.ndim != 0:
@@ -157,18 +157,12 @@ def _check_denominator(number: Number, device: torch.device) -> None:
                 f"normalizer must be a number or on the device of logits, {device}, got {number.device}: give "
                 f".to({str(device)!r}), or .item() of a CPU tensor"
             )
-    elif not isinstance(number, Real) or isinstance(number, bool):
+        return
+    as_python = python_number(number)
+    if isinstance(as_python, bool) or not isinstance(as_python, Real):
         raise TypeError(f"normalizer must be a number or a 0-d tensor, got {number!r} of type {type(number).__name__}")
-    elif not FLOAT32.tiny <= _as_float(number) <= FLOAT32.max:
+    if not FLOAT32.tiny <= as_float("normalizer", number) <= FLOAT32.max:
         raise ValueError(f"normalizer must be greater than 0, finite and within float32's range, got {number!r}")
-
-
-def _as_float(number: float) -> float:
-    """Python's own: a number of one of NumPy's narrow types would round the bounds that it is compared with."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
 
 
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:
@@ -223,11 +217,11 @@ def check_kind(name: str, tensor: Tensor, expected: str) -> None:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor of which more would be lost than the loss can see: parts, tangents, levels of transforms.
+    """Refuse a tensor of which more would be lost than the loss can see: parts, tangents.
 
     Raises:
         TypeError: a DTensor.
-        NotImplementedError: a tensor with a tangent of forward-mode AD, or one that a transform of torch.func wraps.
+        NotImplementedError: a tensor with a tangent of forward-mode AD.
     """
     # No module of DTensors, no DTensor: to import it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
@@ -247,6 +241,14 @@ def no_forward_mode(name: str) -> NotImplementedError:
     return NotImplementedError(
         "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
         f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
+    )
+
+
+def no_functionalize() -> NotImplementedError:
+    """The error for a derivative under torch.func.functionalize."""
+    return NotImplementedError(
+        "lmf_loss has no derivative together with torch.func.functionalize, which has no rule for a Function: leave "
+        "functionalize out, or use torch.compile or torch.export"
     )
 
 

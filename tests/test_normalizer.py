@@ -174,7 +174,7 @@ LOGITS, TARGET = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
         ("4", TypeError, ["'4'", "str"]),
         (4j, TypeError, ["4j", "complex"]),
         ([4.0, 4.0], TypeError, ["[4.0, 4.0]", "list"]),
-        (np.array(4.0), TypeError, ["ndarray"]),
+        (np.array([4.0]), TypeError, ["ndarray"]),
         (np.bool_(True), TypeError, ["bool"]),
         (0, ValueError, ["greater than 0", "0"]),
         (0.0, ValueError, ["greater than 0", "0.0"]),
