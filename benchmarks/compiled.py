@@ -28,6 +28,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.measure import format_table
 from benchmarks.problems import PROBLEMS, Problem
+from lmf_triton import reduction
 from lmf_triton.fused import backend
 from lmf_triton.fused.kernels import elementwise, index
 from lmf_triton.fused.launch import Device
@@ -154,6 +155,7 @@ def recorded_launches(
     *,
     dtype: torch.dtype | None = None,
     recompute: bool = False,
+    normalized: bool = False,
     device: Device = backend.H100,
 ) -> list[Launch]:
     """The launches of one forward and backward, in order, recorded on meta tensors."""
@@ -162,6 +164,7 @@ def recorded_launches(
     logits = torch.empty(problem.shape, dtype=dtype, device="meta")
     target = torch.empty(problem.shape[:1] + problem.shape[2:], dtype=problem.target_dtype, device="meta")
     margins = torch.empty(n_classes, device="meta")
+    normalizer = reduction.given_totals(1.0, logits) if normalized else None
     launches: list[Launch] = []
 
     def recorder(name: str):
@@ -185,9 +188,8 @@ def recorded_launches(
         for name in KERNELS:
             originals[name], stand_in = recorder(name)
             setattr(KERNELS[name], name, stand_in)
-        loss, kept = backend.forward(
-            logits, target, margins, None, None, options, keep="coefs" if recompute else "gradient"
-        )
+        keep = "coefs" if recompute else "gradient"
+        loss, kept = backend.forward(logits, target, margins, None, normalizer, options, keep=keep)
         if recompute:
             backend.backward(kept, torch.empty_like(loss), options)
         else:

@@ -170,12 +170,14 @@ def _evaluate(
     ldam, focal = zip(*chunks, strict=True)
     sums = Pair(_total(ldam, on_host), _total(focal, on_host))
     loss = reduction.sum_of_terms(coefficients, sums, denominators)
-    return torch.as_tensor(loss, dtype=dtype, device=logits.device)
+    if not isinstance(loss, Tensor):  # made in float64, since float32 refuses a number beyond its range
+        loss = torch.full((), loss, dtype=torch.float64, device=logits.device)
+    return loss.to(dtype)
 
 
 def _on_host(tensor: Tensor) -> bool:
     """Whether the host may ask for values, and has float64."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def _targets_on_host(
@@ -187,7 +189,7 @@ def _targets_on_host(
     ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
     if ignored is not None:
         classes = classes.masked_fill(ignored, 0)
-    weights = None if weight is None else _scale_rows(weight.take(classes), ignored)
+    weights = None if weight is None else _scale_rows(_of_classes(weight, classes), ignored)
     denominators = reduction.denominators(options.rule, target.numel(), ignored, weights, normalizer, on_host=True)
     return _Targets(classes, ignored, weights, denominators)
 
@@ -213,7 +215,10 @@ def _targets_on_device(
 
 
 def _of_classes(per_class: Tensor, classes: Tensor) -> Tensor:
-    """The value of each sample's class. ``take`` is missing on some devices."""
+    """The value of each sample's class."""
+    if _on_host(per_class):
+        return per_class.take(classes)
+    # Some devices lack it.
     return per_class.index_select(0, classes.flatten()).view(classes.shape)
 
 
@@ -305,7 +310,7 @@ def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work
 
     ldam = focal = None
     if options.has_ldam:
-        ldam_odds = odds if margins is None else odds * margins.exp().take(classes)
+        ldam_odds = odds if margins is None else odds * _of_classes(margins.exp(), classes)
         slope = (ldam_odds + 1).reciprocal_().mul_(ldam_odds) if with_grad else None
         ldam = _Term(ldam_odds.log1p(), slope, others)
     if options.has_focal:

@@ -107,12 +107,12 @@ RECORDED_SPILLS: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports() -> list[dict]:
+def run_compiler(code: str, given: str = "") -> str:
+    """What the code prints in a process whose kernels are compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps(CASES),
+        [sys.executable, "-c", code],
+        input=given,
         capture_output=True,
         text=True,
         env=environment,
@@ -120,7 +120,12 @@ def reports() -> list[dict]:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    return [json.loads(line) for line in run_compiler(COMPILE, json.dumps(CASES)).splitlines()]
 
 
 def of_nvidia(reports: list[dict], kernel: str = "") -> list[dict]:
@@ -211,6 +216,28 @@ def test_no_float64_arithmetic_for_smaller_logits(reports):
     for r in of_nvidia(reports):
         if r["case"][1] != "float64":
             assert count(r, "DADD", "DMUL", "DFMA", "DSETP", "F2F.F64", "F2F.F32.F64", "I2F.F64") == 0
+
+
+NORMALIZED = """
+from benchmarks.compiled import DEVICES, LMF, PROBLEMS, TARGETS, compile_launch, recorded_launches, report
+
+for name in "tiny", "large_1k_bf16", "few_256k_bf16":  # a program with all rows, several, rows shared by programs
+    for target in TARGETS:
+        launches = recorded_launches(PROBLEMS[name], LMF, normalized=True, device=DEVICES[target])
+        (forward,) = [launch for launch in launches if launch.kernel == "forward_kernel"]
+        compiled = compile_launch(forward, TARGETS[target])
+        if target != "gfx942":
+            found = report(compiled)
+            assert found.stack == 0 and found.count("DADD", "DMUL", "DFMA", "DSETP") == 0, (name, target)
+        print(name, target, *(launch.kernel for launch in launches))
+"""
+
+
+def test_launches_with_a_normalizer_compile():
+    """And none of them adds up the totals."""
+    lines = run_compiler(NORMALIZED).splitlines()
+    assert len(lines) == 3 * len((*NVIDIA, AMD))
+    assert not any("totals_kernel" in line for line in lines)
 
 
 def test_options_of_float64_logits_are_not_rounded_to_float32(reports):

@@ -3,12 +3,14 @@
 What only a GPU can show; the other files run there too.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import make_case
 from torch.profiler import ProfilerActivity, profile
 
-from lmf_triton import DeferredReweighting, FocalLoss, LMFLoss, class_balanced_weights, lmf_loss
+from lmf_triton import DeferredReweighting, FocalLoss, LMFLoss, class_balanced_weights, devices, lmf_loss, plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,8 +30,7 @@ def case(request):
     return make_case(request.param, torch.bfloat16).to(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("grad_in_forward", MODES)
-def test_no_synchronisation(case, grad_in_forward):
+def assert_no_synchronisation(case, grad_in_forward):
     forward_and_backward(case, grad_in_forward)  # compilation may synchronise
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -49,6 +50,25 @@ def test_a_schedule_that_counts_steps_waits_at_the_first_alone():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert criterion.weight.tolist() == class_balanced_weights([500, 40, 3]).tolist()
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_no_synchronisation(case, grad_in_forward):
+    assert_no_synchronisation(case, grad_in_forward)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_no_synchronisation_with_a_normalizer(case, grad_in_forward):
+    for normalizer in 300, torch.tensor(300, device="cuda"), (2.5, torch.tensor(300, device="cuda")):
+        reduction = "mean_per_term" if isinstance(normalizer, tuple) else "mean"
+        options = {"normalizer": normalizer, "reduction": reduction}
+        assert_no_synchronisation(replace(case, options=options), grad_in_forward)
+
+
+@pytest.mark.parametrize("grad_in_forward", MODES)
+def test_no_synchronisation_without_triton(case, grad_in_forward, monkeypatch):
+    monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
+    assert_no_synchronisation(case, grad_in_forward)
 
 
 @pytest.mark.parametrize("grad_in_forward", MODES)
