@@ -39,7 +39,6 @@ def evaluate(
     logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
     margins = None if margins is None else checks.without_lazy_bits(margins)
     weight = None if weight is None else checks.without_lazy_bits(weight)
-    given = None if given is None else checks.without_lazy_bits(given)
     backend = devices.backend_of(logits)
     if check_target:  # which the plain backend does by itself on the CPU only
         checks.check_target(target, logits.shape[class_axis(logits.shape)], options.ignore_index)

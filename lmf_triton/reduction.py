@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 def given_totals(normalizer: Normalizer, logits: Tensor) -> Tensor:
     """``(2,)``: what LDAM and the focal term are divided by, where the logits are and in the dtype of the arithmetic.
 
-    Made on the device. A number is a tensor too, so that no kernel is compiled for its value.
+    Made on the device, of the user's as it is now. A number too, so that no kernel is compiled for its value.
     """
     if isinstance(normalizer, tuple):
         return torch.cat([given_totals(each, logits)[:1] for each in normalizer])
