@@ -64,6 +64,7 @@ if not HAS_GPU:
 
 def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only each N-th test: a spread of all")
+    parser.addoption("--all-recipes", action="store_true", help="fail where a recipe's packages are absent, not skip")
 
 
 def pytest_collection_modifyitems(config, items):
