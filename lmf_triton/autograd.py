@@ -10,6 +10,7 @@ from torch.autograd import Function
 from . import checks, ops
 from .devices import Backend
 from .options import Keep, LossOptions
+from .shapes import has_own_dispatch, is_traced
 
 _AUTOGRAD = getattr(torch._C, "_autograd", None)  # its private questions, which may go away
 
@@ -104,7 +105,7 @@ class OperatorFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ignore_index, reduction, keep_grad, _ = inputs
+        *tensors, ignore_index, reduction, _, keep_grad, _ = inputs
         _, grad, coefs, link = output
         ctx.mark_non_differentiable(grad, coefs)
         ctx.set_materialize_grads(False)
@@ -113,7 +114,7 @@ class OperatorFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        others = (None,) * (ops.N_ARGUMENTS + 1)
+        others = (None,) * (ops.N_ARGUMENTS + 2)
         if upstream is None:
             return None, *others
         checks.check_plain("the upstream gradient", upstream)
@@ -187,17 +188,17 @@ def _forward_with_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
 def by_operator(*arguments: Any) -> Tensor:
     """The loss by ``lmf_triton::forward``. The transforms of torch.func do not see a Function within an operator."""
     loss: Tensor
-    transforms = _transforms()
-    if transforms and "Functionalize" not in transforms:
+    active = transforms()
+    if active and "Functionalize" not in active:
         loss, *_ = OperatorFunction.apply(*arguments)
         return loss
-    if transforms and arguments[0].requires_grad:
+    if active and arguments[0].requires_grad:
         raise checks.no_functionalize()
     loss, *_ = torch.ops.lmf_triton.forward(*arguments)
     return loss
 
 
-def _transforms() -> list[str]:
+def transforms() -> list[str]:
     """The names of torch.func's transforms that are active, and not those of a call that Dynamo traces."""
     if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
         return []
@@ -210,7 +211,7 @@ ops.LIBRARY.impl("forward", _forward_with_derivative, "Autograd", with_keyset=Tr
 
 def ops_are_needed(*tensors: Tensor | None) -> bool:
     """Whether these tensors, or what surrounds the call, are about more than values in memory."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or is_traced():
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return True
@@ -221,7 +222,7 @@ def _is_special(tensor: Tensor) -> bool:
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return (
         tensor.is_meta
-        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or has_own_dispatch(tensor)
         or functorch.is_legacy_batchedtensor(tensor)  # autograd's own batches, of is_grads_batched
     )
 
@@ -232,9 +233,9 @@ def _gradient_by_operators(ctx: Any, link: Tensor, saved: list[Any], upstream: T
     if ctx.grad_in_forward:
         gradient = GradientOfUpstream.apply(link, upstream, *saved)
         return gradient
-    *tensors, coefs = saved
-    coefs = link if coefs is None else coefs  # link is empty too
-    gradient = GradientOfProblem.apply(link, upstream, coefs, *ops.problem_of(*tensors, ctx.options))
+    logits, target, margins, weight, normalizer, coefs = saved
+    problem = ops.problem_of(logits, target, margins, weight, normalizer, ctx.options)
+    gradient = GradientOfProblem.apply(link, upstream, link if coefs is None else coefs, *problem)  # link is empty too
     return gradient
 
 

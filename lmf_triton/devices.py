@@ -22,7 +22,10 @@ except Exception as error:  # Triton is not installed; one that is broken raises
 class Backend(Protocol):
     """The module ``plain`` or ``fused.backend``."""
 
-    N_COEFS: int  # coefficients of a sample that are kept for backward
+    @property
+    def N_COEFS(self) -> int:
+        """Coefficients of a sample that are kept for backward."""
+        ...
 
     def forward(
         self,

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from . import checks, devices, ops, reduction
-from .autograd import LMFFunction, by_operator, ops_are_needed
+from .autograd import LMFFunction, by_operator, ops_are_needed, transforms
 from .options import LossOptions
 from .reduction import Normalizer
-from .shapes import class_axis
+from .shapes import class_axis, has_own_dispatch, is_traced
 
 
 def evaluate(
@@ -21,20 +21,14 @@ def evaluate(
     check_target: bool,
 ) -> Tensor:
     """The loss of checked arguments, with a graph where the logits want one."""
+    logits, target = _plain(logits), _plain(target)
+    margins, weight = (each if each is None else _plain(each) for each in (margins, weight))
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    by_default = not options.rule.per_sample and logits.dtype != torch.float16
     given = None if normalizer is None else reduction.given_totals(normalizer, logits)
     if ops_are_needed(logits, target, margins, weight, given):
-        if grad_in_forward is None:
-            # An operator may not overwrite the gradient that was kept. To scale a copy of it costs a GPU more than to
-            # compute it in backward, and a CPU less.
-            grad_in_forward = by_default and logits.device.type == "cpu"
-        # A trace is for calls with and without gradient: it keeps nothing, and backward computes what it needs.
-        keep = wants_gradient and not torch.jit.is_tracing()
-        keep_grad = keep and grad_in_forward
-        n_coefs = devices.backend_of(logits).N_COEFS if keep and not keep_grad else 0
         problem = ops.problem_of(logits, target, margins, weight, given, options)
-        return by_operator(*problem, keep_grad, n_coefs)
+        kept = _kept_by_operator(logits, options, grad_in_forward) if wants_gradient else (False, 0)
+        return by_operator(*problem, check_target, *kept)
 
     logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
     margins = None if margins is None else checks.without_lazy_bits(margins)
@@ -45,7 +39,31 @@ def evaluate(
     if not wants_gradient:
         return backend.forward(logits, target, margins, weight, given, options, keep="nothing")[0]
     if grad_in_forward is None:
-        grad_in_forward = by_default
+        grad_in_forward = _grad_in_forward(logits, options)
     loss: Tensor
     loss, _ = LMFFunction.apply(logits, target, margins, weight, given, options, grad_in_forward, backend)
     return loss
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As no subclass that is about functions and methods: those of MONAI's MetaTensor take other arguments."""
+    if type(tensor) is Tensor or has_own_dispatch(tensor):
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
+def _grad_in_forward(logits: Tensor, options: LossOptions) -> bool:
+    """When the gradient is computed, if nobody says so: where an upstream gradient of 1 is likely, and no underflow."""
+    return not options.rule.per_sample and logits.dtype != torch.float16
+
+
+def _kept_by_operator(logits: Tensor, options: LossOptions, grad_in_forward: bool | None) -> tuple[bool, int]:
+    """What an operator keeps for backward: whether the gradient, and how many coefficients of each sample."""
+    if is_traced():  # for calls with and without gradient: nothing, so that backward computes what it needs
+        return False, 0
+    if grad_in_forward is None:
+        # An operator may not overwrite the gradient that was kept. To scale a copy of it costs a GPU more than to
+        # compute it in backward; and a CPU less, except where vmap does it for a batch.
+        is_copied = logits.device.type == "cpu" and not transforms()
+        grad_in_forward = is_copied and _grad_in_forward(logits, options)
+    return grad_in_forward, 0 if grad_in_forward else devices.backend_of(logits).N_COEFS

@@ -83,7 +83,7 @@ def lmf_loss(
     """
     tensors = (logits, target, margins, weight, *(normalizer if isinstance(normalizer, tuple) else (normalizer,)))
     if has_torch_function(tensors):  # subclasses decide what becomes of a call, as of PyTorch's own functions
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             lmf_loss,
             tensors,
             logits,

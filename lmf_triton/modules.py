@@ -178,13 +178,13 @@ class LossModule(nn.Module):
                 self._write_anew(name, buffer)
         if not before:
             # From the meta device nothing can be moved but by to_empty; an empty tensor has nothing to lose.
-            self._trace = fn(self._trace.new_empty(0, device="cpu") if self._trace.is_meta else self._trace)
+            self._trace = fn(self._trace.new_empty((0,), device="cpu") if self._trace.is_meta else self._trace)
         self._trace = self._follow_buffers(self._trace)
         return self
 
     def _follow_buffers(self, trace: Tensor) -> Tensor:
         """An empty tensor that is where the module is, as it knows without buffers too: where they are, else itself."""
-        return next((buffer.new_empty(0) for buffer in self._own_buffers().values()), trace)
+        return next((buffer.new_empty((0,)) for buffer in self._own_buffers().values()), trace)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

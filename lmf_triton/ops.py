@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import devices
+from . import checks, devices
 from .options import Keep, LossOptions
 from .reduction import RULES
 from .shapes import arithmetic_dtype, class_axis
@@ -34,7 +34,8 @@ class Problem(NamedTuple):
 
     @property
     def options(self) -> LossOptions:
-        return LossOptions(*self.numbers.tolist(), self.ignore_index, self.reduction)
+        alpha, beta, gamma, scale = self.numbers.tolist()
+        return LossOptions(alpha, beta, gamma, scale, self.ignore_index, self.reduction)
 
 
 N_ARGUMENTS = len(Problem._fields)
@@ -42,10 +43,11 @@ PROBLEM = (
     "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor? normalizer, Tensor numbers, "
     "int ignore_index, str reduction"
 )
+OUTPUTS = "bool check_target, bool keep_grad, int n_coefs"
 SCHEMAS = {
     # The arguments say what is allocated, and nothing else does: compiled graphs are kept on disk. What is not kept is
     # empty.
-    "forward": f"({PROBLEM}, bool keep_grad, int n_coefs) -> (Tensor loss, Tensor grad, Tensor coefs)",
+    "forward": f"({PROBLEM}, {OUTPUTS}) -> (Tensor loss, Tensor grad, Tensor coefs)",
     "backward": f"({PROBLEM}, Tensor coefs, Tensor upstream) -> Tensor",
     "apply_upstream": "(Tensor grad, Tensor upstream) -> Tensor",
 }
@@ -67,29 +69,34 @@ def problem_of(
     return Problem(logits, target, margins, weight, normalizer, stacked, options.ignore_index, options.reduction)
 
 
+def _taken_apart(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
+    """The arguments of an operator: its problem, and what else it takes."""
+    return Problem(*arguments[:N_ARGUMENTS]), arguments[N_ARGUMENTS:]
+
+
 # On values in memory.
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and coefficients, of which those that are not to be kept are empty."""
-    *problem, keep_grad, n_coefs = arguments
-    problem = Problem(*problem)
+    problem, (check_target, keep_grad, n_coefs) = _taken_apart(arguments)
+    logits = problem.logits
+    if check_target:
+        checks.check_target(problem.target, logits.shape[class_axis(logits.shape)], problem.ignore_index)
     keep: Keep = "gradient" if keep_grad else "coefs" if n_coefs > 0 else "nothing"
-    loss, kept = devices.backend_of(problem.logits).forward(*problem[:5], problem.options, keep=keep)
-    grad, coefs = problem.logits.new_empty(0), loss.new_empty(0)
-    if keep == "gradient":
-        (grad,) = kept
-    elif keep == "coefs":
-        *_, coefs = kept
+    loss, kept = devices.backend_of(logits).forward(*problem[:5], problem.options, keep=keep)
+    last = kept[-1] if kept else None
+    grad = last if keep == "gradient" and last is not None else logits.new_empty(0)
+    coefs = last if keep == "coefs" and last is not None else loss.new_empty(0)
     return loss, grad, coefs
 
 
 def backward(*arguments: Any) -> Tensor:
     """The gradient of the logits from the coefficients, which may not have been kept, times the upstream gradient."""
-    problem, (coefs, upstream) = Problem(*arguments[:N_ARGUMENTS]), arguments[N_ARGUMENTS:]
+    problem, (coefs, upstream) = _taken_apart(arguments)
     backend = devices.backend_of(problem.logits)
     if coefs.numel() == 0 and backend.N_COEFS > 0:
-        *_, coefs = forward(*problem, False, backend.N_COEFS)
+        *_, coefs = forward(*problem, False, False, backend.N_COEFS)
     return backend.backward((*problem[:5], coefs), upstream, problem.options)
 
 
@@ -103,8 +110,7 @@ def apply_upstream(grad: Tensor, upstream: Tensor) -> Tensor:
 
 def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`forward` allocates it."""
-    *problem, keep_grad, n_coefs = arguments
-    problem = Problem(*problem)
+    problem, (_, keep_grad, n_coefs) = _taken_apart(arguments)
     logits, shape = problem.logits, problem.target.shape
     loss = logits.new_empty(shape if RULES[problem.reduction].per_sample else (), dtype=arithmetic_dtype(logits))
     grad = torch.empty_like(logits) if keep_grad else logits.new_empty(0)
@@ -134,7 +140,8 @@ class Batch(NamedTuple):
 
     def leading(self, i: int) -> Tensor:
         """An argument with the problems as its first axis, expanded if it is the same for all."""
-        argument, axis = self.arguments[i], self.axes[i]
+        argument: Tensor = self.arguments[i]
+        axis = self.axes[i]
         return argument.expand(self.size, *argument.shape) if axis is None else argument.movedim(axis, 0)
 
 
@@ -148,7 +155,7 @@ class Problems(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> "Problems | None":
         """None if the batch is none of such."""
-        problem = Problem(*batch.arguments[:N_ARGUMENTS])
+        problem, _ = _taken_apart(batch.arguments)
         others_differ = any(axis is not None for axis in batch.axes[2:N_ARGUMENTS])
         two_denominators = RULES[problem.reduction].focal_by_count and problem.weight is not None
         is_other = others_differ or two_denominators or problem.normalizer is not None
@@ -172,29 +179,30 @@ class Problems(NamedTuple):
         weights = weight.index_select(0, target.clamp(0, n_classes - 1).flatten()).view(target.shape)
         return (weights * kept).sum(1)
 
-    def losses(self) -> Tensor:
+    def losses(self, check_target: bool) -> Tensor:
         """The loss of each problem."""
-        losses, *_ = _ops.forward(*self.samples(), False, 0)
+        losses: Tensor = _ops.forward(*self.samples(), check_target, False, 0)[0]
         if RULES[self.problem.reduction].per_sample:
-            return losses.view(self.target.shape)  # type: ignore[no-any-return]
-        return losses.view(len(self.target), -1).sum(1) / self.denominators()  # type: ignore[no-any-return]
+            return losses.view(self.target.shape)
+        return losses.view(len(self.target), -1).sum(1) / self.denominators()
 
     def gradients(self, upstream: Tensor) -> Tensor:
         """The gradient of the logits of each problem."""
         if not RULES[self.problem.reduction].per_sample:
             upstream = _per_sample(upstream / self.denominators(), self.target)
-        return _gradient(*self.samples(), _flat(upstream, self.target.ndim)).view(self.logits.shape)
+        gradient = _gradient(*self.samples(), _flat(upstream, self.target.ndim))
+        return gradient.view(self.logits.shape)
 
 
 def forward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, tuple[int, ...]]:
     """Rule of ``forward``. No coefficients are kept: :func:`backward_vmap` computes its own."""
-    *problem, keep_grad, _ = arguments
+    *problem, check_target, keep_grad, _ = arguments
     batch = Batch(tuple(problem), in_dims[:N_ARGUMENTS], info.batch_size)
     problems = Problems.of(batch)
     if problems is not None:
-        loss = problems.losses()
+        loss = problems.losses(check_target)
     else:
-        loss = torch.stack([_ops.forward(*batch.one(i), False, 0)[0] for i in range(batch.size)])
+        loss = torch.stack([_ops.forward(*batch.one(i), check_target, False, 0)[0] for i in range(batch.size)])
     nothing = loss.new_empty(batch.size, 0)
     grad = nothing.clone()
     if keep_grad:

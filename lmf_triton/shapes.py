@@ -1,4 +1,4 @@
-"""Small facts of a tensor of logits."""
+"""Small facts of tensors, and of how they are looked at."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,17 @@ from torch import Tensor
 def class_axis(shape: Sequence[int]) -> int:
     """The axis of the classes in logits of shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``."""
     return min(len(shape) - 1, 1)
+
+
+def has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether its type decides what becomes of each operator: a wrapper of other tensors, or without values."""
+    default = torch._C._disabled_torch_dispatch_impl
+    return type(tensor).__torch_dispatch__ is not default  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_traced() -> bool:
+    """Whether TorchScript records this call."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def arithmetic_dtype(logits: Tensor) -> torch.dtype:

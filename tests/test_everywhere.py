@@ -181,12 +181,12 @@ def test_compiled_autograd(device, grad_in_forward):
     torch.testing.assert_close(logits.grad, expected[1])
 
 
-@pytest.mark.parametrize("path", ["cpu"], indirect=True)
-def test_a_compiled_function_raises_what_eager_mode_raises(path):
-    quick, _ = compiled(loss_of(), "aot_eager")
-    logits, target = samples()
+@pytest.mark.parametrize(("path", "check_target"), [("cpu", False), ("kernel", True)], indirect=["path"])
+def test_a_compiled_function_raises_what_eager_mode_raises(device, check_target):
+    quick, _ = compiled(loss_of(device, check_target=check_target), "aot_eager")
+    logits, target = samples(device=device)
     with pytest.raises(IndexError, match=r"target must be in \[0, 7\).*got 7 at index \[3\]"):
-        quick(logits, target.index_fill(0, torch.tensor(3), 7))
+        quick(logits, target.index_fill(0, torch.tensor(3, device=device), 7))
 
 
 # --- torch.export, fake tensors, operators ---
@@ -260,10 +260,10 @@ def test_operators_pass_opcheck(path, layout, reduction, keep):
     normalizer = torch.tensor([5.0, 4.0]) if reduction.startswith("mean") else None
     numbers = torch.tensor([1.0, 1.0, 1.5, 1.0], dtype=torch.float64)
     problem = (logits, target, *per_class, normalizer, numbers, -100, reduction)
-    loss, _, coefs = torch.ops.lmf_triton.forward(*problem, keep == "gradient", n_coefs)
+    loss, _, coefs = torch.ops.lmf_triton.forward(*problem, False, keep == "gradient", n_coefs)
     upstream = torch.rand(loss.shape)
     calls = [
-        (torch.ops.lmf_triton.forward, (logits.requires_grad_(), *problem[1:], keep == "gradient", n_coefs)),
+        (torch.ops.lmf_triton.forward, (logits.requires_grad_(), *problem[1:], True, keep == "gradient", n_coefs)),
         (torch.ops.lmf_triton.backward, (logits.detach(), *problem[1:], coefs, upstream)),
         (torch.ops.lmf_triton.apply_upstream, (torch.rand_like(logits), upstream)),
     ]
@@ -461,9 +461,18 @@ def test_a_trace_computes_the_loss_anew(device, requires_grad):
 
 
 class Tagged(torch.Tensor):
-    """Like MONAI's MetaTensor and fastai's TensorBase: what comes of it is one of its kind."""
+    """Like MONAI's MetaTensor and fastai's TensorBase: what comes of it is one of its kind, and some methods differ."""
 
     functions: list = []  # noqa: RUF012
+
+    def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+        assert isinstance(size, tuple)
+        return torch.empty(size, dtype=dtype, device=device, requires_grad=requires_grad)
+
+    def new_zeros(self):
+        raise AssertionError("another method of this name")
+
+    resolve_neg = view = expand = new_zeros
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
