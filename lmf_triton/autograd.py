@@ -185,6 +185,9 @@ def _forward_with_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
     return below
 
 
+ops.LIBRARY.impl("forward", _forward_with_derivative, "Autograd", with_keyset=True)
+
+
 def by_operator(*arguments: Any) -> Tensor:
     """The loss by ``lmf_triton::forward``. The transforms of torch.func do not see a Function within an operator."""
     loss: Tensor
@@ -204,9 +207,6 @@ def transforms() -> list[str]:
         return []
     stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
     return [interpreter.key().name for interpreter in stack or ()]
-
-
-ops.LIBRARY.impl("forward", _forward_with_derivative, "Autograd", with_keyset=True)
 
 
 def ops_are_needed(*tensors: Tensor | None) -> bool:

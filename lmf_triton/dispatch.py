@@ -7,7 +7,7 @@ from . import checks, devices, ops, reduction
 from .autograd import LMFFunction, by_operator, ops_are_needed, transforms
 from .options import LossOptions
 from .reduction import Normalizer
-from .shapes import class_axis, has_own_dispatch, is_traced
+from .shapes import class_axis, has_own_dispatch, has_own_functions, is_traced
 
 
 def evaluate(
@@ -46,8 +46,8 @@ def evaluate(
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """As no subclass that is about functions and methods: those of MONAI's MetaTensor take other arguments."""
-    if type(tensor) is Tensor or has_own_dispatch(tensor):
+    """As no subclass that is about functions: methods of MONAI's MetaTensor take other arguments than PyTorch's."""
+    if type(tensor) is Tensor or has_own_dispatch(tensor) or not has_own_functions(tensor):
         return tensor
     return tensor.as_subclass(Tensor)
 

@@ -17,6 +17,11 @@ def has_own_dispatch(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not default  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def has_own_functions(tensor: Tensor) -> bool:
+    """Whether its type may decide what becomes of each function and method; that of a Parameter does not."""
+    return type(tensor).__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
 def is_traced() -> bool:
     """Whether TorchScript records this call."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]  # pyright: ignore[reportPrivateImportUsage]
