@@ -13,6 +13,8 @@ from .options import Keep, LossOptions
 from .shapes import has_own_dispatch, is_traced
 
 _AUTOGRAD = getattr(torch._C, "_autograd", None)  # its private questions, which may go away
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_is_legacy_batch = _functorch.is_legacy_batchedtensor  # autograd's own batches, of is_grads_batched
 
 
 class LMFFunction(Function):
@@ -205,26 +207,21 @@ def transforms() -> list[str]:
     """The names of torch.func's transforms that are active, and not those of a call that Dynamo traces."""
     if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
         return []
-    stack = torch._C._functorch.get_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    return [interpreter.key().name for interpreter in stack or ()]
+    return [interpreter.key().name for interpreter in _functorch.get_interpreter_stack() or ()]
 
 
 def ops_are_needed(*tensors: Tensor | None) -> bool:
     """Whether these tensors, or what surrounds the call, are about more than values in memory."""
-    if torch.compiler.is_compiling() or is_traced():
+    if torch.compiler.is_compiling() or is_traced() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return True
-    return any(tensor is not None and _is_special(tensor) for tensor in tensors)
-
-
-def _is_special(tensor: Tensor) -> bool:
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return (
-        tensor.is_meta
-        or has_own_dispatch(tensor)
-        or functorch.is_legacy_batchedtensor(tensor)  # autograd's own batches, of is_grads_batched
-    )
+    for tensor in tensors:  # in each call of eager mode: the common answer comes first
+        if tensor is None:
+            continue
+        if tensor.is_meta or (type(tensor) is not Tensor and has_own_dispatch(tensor)) or _is_legacy_batch(tensor):
+            return True
+    return False
 
 
 def _gradient_by_operators(ctx: Any, link: Tensor, saved: list[Any], upstream: Tensor) -> Tensor:

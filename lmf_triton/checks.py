@@ -174,7 +174,7 @@ def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int
     if target.numel() == 0:
         return 0, 0
     wide = target.long()  # uint8 has no -100, and would compare it as 156
-    low, high = (int(bound) for bound in wide.aminmax())
+    low, high = map(int, wide.aminmax())
     if low < 0 or high >= n_classes:
         wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
         if bool(wrong.any()):
@@ -223,9 +223,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
         TypeError: a DTensor.
         NotImplementedError: a tensor with a tangent of forward-mode AD.
     """
-    # No module of DTensors, no DTensor: to import it takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    if type(tensor) is not Tensor and module is not None and isinstance(tensor, module.DTensor):
+    if type(tensor) is not Tensor and _is_dtensor(tensor):
         raise TypeError(
             f"{name} must be an ordinary tensor, got a DTensor, which this loss does not support yet: give each "
             "process its part, .to_local(), and reduce the losses over the processes, or the whole, .full_tensor()"
@@ -234,6 +232,12 @@ def check_plain(name: str, tensor: Tensor) -> None:
     in_dual_level = getattr(forward_ad, "_current_level", 0) >= 0
     if in_dual_level and forward_ad.unpack_dual(tensor).tangent is not None:
         raise no_forward_mode(name)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # No module of DTensors, no DTensor: to import it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def no_forward_mode(name: str) -> NotImplementedError:
@@ -282,5 +286,6 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def without_lazy_bits(tensor: Tensor) -> Tensor:
     """The same values as they lie in memory: PyTorch may only have noted that they are negated, or all 0."""
-    tensor = tensor.resolve_neg()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     return tensor.clone() if tensor._is_zerotensor() else tensor

@@ -22,7 +22,8 @@ def evaluate(
 ) -> Tensor:
     """The loss of checked arguments, with a graph where the logits want one."""
     logits, target = _plain(logits), _plain(target)
-    margins, weight = (each if each is None else _plain(each) for each in (margins, weight))
+    margins = None if margins is None else _plain(margins)
+    weight = None if weight is None else _plain(weight)
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     given = None if normalizer is None else reduction.given_totals(normalizer, logits)
     if ops_are_needed(logits, target, margins, weight, given):
@@ -59,8 +60,8 @@ def _grad_in_forward(logits: Tensor, options: LossOptions) -> bool:
 
 def _kept_by_operator(logits: Tensor, options: LossOptions, grad_in_forward: bool | None) -> tuple[bool, int]:
     """What an operator keeps for backward: whether the gradient, and how many coefficients of each sample."""
-    if is_traced():  # for calls with and without gradient: nothing, so that backward computes what it needs
-        return False, 0
+    if not torch.compiler.is_compiling() and is_traced():
+        return False, 0  # the trace is for calls with and without gradient, and backward computes what it needs
     if grad_in_forward is None:
         # An operator may not overwrite the gradient that was kept. To scale a copy of it costs a GPU more than to
         # compute it in backward; and a CPU less, except where vmap does it for a batch.

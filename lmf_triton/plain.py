@@ -148,7 +148,8 @@ def _evaluate(
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
     dtype, on_host = arithmetic_dtype(logits), _on_host(logits)
     n_classes = logits.shape[class_axis(logits.shape)]
-    margins, weight = (t if t is None else t.to(dtype) for t in (margins, weight))
+    margins = None if margins is None else margins.to(dtype)
+    weight = None if weight is None else weight.to(dtype)
     if on_host:
         targets = _targets_on_host(target, n_classes, weight, normalizer, options)
     else:
@@ -170,9 +171,7 @@ def _evaluate(
     ldam, focal = zip(*chunks, strict=True)
     sums = Pair(_total(ldam, on_host), _total(focal, on_host))
     loss = reduction.sum_of_terms(coefficients, sums, denominators)
-    if not isinstance(loss, Tensor):  # made in float64, since float32 refuses a number beyond its range
-        loss = torch.full((), loss, dtype=torch.float64, device=logits.device)
-    return loss.to(dtype)
+    return loss.to(dtype) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=dtype, device=logits.device)
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -292,7 +291,7 @@ def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
     """Whether it is left to the logits alone that the odds against the target are within bounds, as they mostly are."""
     if options.needs_scaled:
         return False
-    return margins is None or all(abs(float(bound)) <= MAX_MARGIN for bound in margins.aminmax())
+    return margins is None or all(abs(bound) <= MAX_MARGIN for bound in map(float, margins.aminmax()))
 
 
 def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:
@@ -303,7 +302,7 @@ def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work
     exps.scatter_(1, index, torch.zeros_like(of_target))  # PyTorch is twice as slow with a number in a tensor's place
     others = _Others(exps, exps.sum(1))
     odds = others.total / of_target.squeeze(1)
-    low, high = (float(bound) for bound in odds.aminmax())  # cheaper than a mask, which is seldom needed
+    low, high = map(float, odds.aminmax())  # cheaper than a mask, which is seldom needed
     extreme = None  # indices of samples out of bounds, or NaN
     if not (low >= MIN_ODDS and high <= 1 / MIN_ODDS):
         extreme = (~((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS))).nonzero(as_tuple=True)
