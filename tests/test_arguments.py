@@ -114,12 +114,10 @@ def test_masked_tensors_are_refused(device, name):
         lmf_loss(**(given | {name: masked_tensor(given[name], given[name] > 0)}))
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("name", TENSORS[:-1])  # of a normalizer a copy is made, by PyTorch
 def test_the_kernels_refuse_tensors_whose_memory_was_freed(triton_device, name):
     """Their address is 0: on a GPU, reading it would take the whole process's context down."""
     given = arguments(triton_device)
-    if name == "normalizer":
-        pytest.skip("a copy is made of it")
     given[name].untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=f"{name} must have its values in memory of its own"):
         lmf_loss(**given)
