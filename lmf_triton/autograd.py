@@ -1,11 +1,15 @@
 """The derivative of the loss, the same for every backend: what is kept for backward, and who may overwrite it."""
 
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._compile import _disable_dynamo
+from torch._functorch import autograd_function as _functorch_rules
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import checks, ops
 from .devices import Backend
@@ -54,19 +58,19 @@ class LMFFunction(Function):
         link, *saved = ctx.saved_tensors
         if ctx.strides_for_hooks is not None:
             saved = [_laid_out(*kept) for kept in zip(saved, ctx.strides_for_hooks, strict=True)]
-        if ops_are_needed(upstream):
-            return _gradient_by_operators(ctx, link, saved, upstream), *(None,) * 7
-        upstream = checks.without_lazy_bits(upstream)
         if not torch.is_grad_enabled():
-            return LMFFunction._gradient(ctx, saved, upstream), *(None,) * 7
+            return LMFFunction._gradient(ctx, link, saved, upstream), *(None,) * 7
         with torch.no_grad():  # create_graph=True
-            grad = LMFFunction._gradient(ctx, saved, upstream)
+            grad = LMFFunction._gradient(ctx, link, saved, upstream)
         grad = _FirstOrderOnly.apply(grad, link, upstream)
         return grad, *(None,) * 7
 
     @staticmethod
-    def _gradient(ctx: Any, saved: list[Any], upstream: Tensor) -> Tensor:
+    def _gradient(ctx: Any, link: Tensor, saved: list[Any], upstream: Tensor) -> Tensor:
+        if ops_are_needed(upstream):
+            return _gradient_by_operators(ctx, link, saved, upstream)
         backend: Backend = ctx.backend
+        upstream = checks.without_lazy_bits(upstream)
         if not ctx.grad_in_forward:
             return backend.backward(saved, upstream, ctx.options)
         # The kept gradient is handed out, and scaled where it lies, unless another backward may ask for it, or someone
@@ -91,123 +95,74 @@ class _FirstOrderOnly(Function):
         raise checks.no_second_derivative()
 
 
-class OperatorFunction(Function):
-    """Loss with an analytic gradient from the operators: the derivative of ``lmf_triton::forward``.
+class OperatorFunction(_SingleLevelFunction):
+    """The derivative of ``lmf_triton::forward`` at one level of torch.func's transforms, or outside of them.
 
-    With ``setup_context``, which torch.func asks for, and eager mode would pay for in every call.
+    It is within the operator, so that whatever looks at a program sees the operator alone.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """What the operator returns, and an empty tensor as in :class:`LMFFunction`."""
-        logits: Tensor = arguments[0]
-        return *torch.ops.lmf_triton.forward(*arguments), logits.new_empty(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ignore_index, reduction, _, keep_grad, _ = inputs
-        _, grad, coefs, link = output
+    def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = _below_autograd("forward", keys, arguments)
+        *tensors, ignore_index, reduction, _, keep_grad, _ = arguments
+        _, grad, coefs, link = outputs
         ctx.mark_non_differentiable(grad, coefs)
-        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*((grad, link) if keep_grad else (coefs, *tensors)))
         ctx.settings, ctx.keep_grad = (ignore_index, reduction), keep_grad
-        ctx.save_for_backward(link, *((grad,) if keep_grad else (coefs, *tensors)))
+        ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         others = (None,) * (ops.N_ARGUMENTS + 2)
         if upstream is None:
-            return None, *others
+            return None, None, *others
         checks.check_plain("the upstream gradient", upstream)
-        link, kept, *tensors = ctx.saved_tensors
+        kept, *tensors = ctx.saved_tensors
         if ctx.keep_grad:
-            return GradientOfUpstream.apply(link, upstream, kept), *others
-        return GradientOfProblem.apply(link, upstream, kept, *tensors, *ctx.settings), *others
+            return None, torch.ops.lmf_triton.apply_upstream(kept, upstream, *tensors), *others
+        return None, torch.ops.lmf_triton.backward(*tensors, *ctx.settings, kept, upstream), *others
+
+
+class OperatorGradient(_SingleLevelFunction):
+    """That of ``lmf_triton::backward`` and ``::apply_upstream``: there is none."""
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise checks.no_forward_mode("an argument")
-
-
-class _OperatorGradient(Function):
-    """The gradient by an operator, tied to what it was computed from as by :class:`_FirstOrderOnly`."""
-
-    generate_vmap_rule = True
-    # Dynamo, which may trace this one, counts the parameters of forward: none of them is starred.
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+    def forward(ctx: Any, keys: Any, name: str, *arguments: Any) -> Tensor:
+        return cast(Tensor, _below_autograd(name, keys, arguments))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise checks.no_second_derivative()
 
 
-class GradientOfUpstream(_OperatorGradient):
-    """From the gradient that was kept."""
-
-    @staticmethod
-    def forward(link: Tensor, upstream: Tensor, grad: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.lmf_triton.apply_upstream(grad, upstream))
-
-
-class GradientOfProblem(_OperatorGradient):
-    """From the coefficients that were kept."""
-
-    @staticmethod
-    def forward(
-        link: Tensor,
-        upstream: Tensor,
-        coefs: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        margins: Tensor | None,
-        weight: Tensor | None,
-        normalizer: Tensor | None,
-        numbers: Tensor,
-        ignore_index: int,
-        reduction: str,
-    ) -> Tensor:
-        problem = logits, target, margins, weight, normalizer, numbers, ignore_index, reduction
-        return cast(Tensor, torch.ops.lmf_triton.backward(*problem, coefs, upstream))
+def _below_autograd(name: str, keys: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the operator gives to those below this level: the next one, which may want a derivative too, or values."""
+    operator = getattr(torch.ops.lmf_triton, name).default
+    # A Function's forward has switched off what another level may want.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
-def _forward_with_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """``lmf_triton::forward`` where autograd looks: with a graph, if one is wanted."""
-    if torch.is_grad_enabled() and arguments[0].requires_grad:
-        if torch._C._are_functorch_transforms_active():
-            raise checks.no_functionalize()
-        outputs: tuple[Tensor, ...] = OperatorFunction.apply(*arguments)
-        return outputs[:3]
-    with torch._C._AutoDispatchBelowAutograd():
-        operator = torch.ops.lmf_triton.forward.default
-        below: tuple[Tensor, ...] = operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-    return below
+def _with_derivative(name: str) -> Callable[..., Any]:
+    """The operator where autograd looks: with a graph, if one is wanted."""
+
+    def evaluate(keys: Any, *arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        for tensor in tensors:  # a tangent of this level, which may be no one's who called the loss
+            checks.check_plain("an argument", tensor)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return _below_autograd(name, keys, arguments)
+        with _functorch_rules.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+            if name == "forward":
+                return OperatorFunction.apply(keys, *arguments)  # type: ignore[attr-defined]
+            return OperatorGradient.apply(keys, name, *arguments)  # type: ignore[attr-defined]
+
+    return _disable_dynamo(evaluate)
 
 
-ops.LIBRARY.impl("forward", _forward_with_derivative, "Autograd", with_keyset=True)
-
-
-def by_operator(*arguments: Any) -> Tensor:
-    """The loss by ``lmf_triton::forward``. The transforms of torch.func do not see a Function within an operator."""
-    loss: Tensor
-    active = transforms()
-    if active and "Functionalize" not in active:
-        loss, *_ = OperatorFunction.apply(*arguments)
-        return loss
-    if active and arguments[0].requires_grad:
-        raise checks.no_functionalize()
-    loss, *_ = torch.ops.lmf_triton.forward(*arguments)
-    return loss
-
-
-def transforms() -> list[str]:
-    """The names of torch.func's transforms that are active, and not those of a call that Dynamo traces."""
-    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
-        return []
-    return [interpreter.key().name for interpreter in _functorch.get_interpreter_stack() or ()]
+for _name in ops.SCHEMAS:
+    ops.LIBRARY.impl(_name, _with_derivative(_name), "Autograd", with_keyset=True)
 
 
 def ops_are_needed(*tensors: Tensor | None) -> bool:
@@ -226,14 +181,12 @@ def ops_are_needed(*tensors: Tensor | None) -> bool:
 
 def _gradient_by_operators(ctx: Any, link: Tensor, saved: list[Any], upstream: Tensor) -> Tensor:
     """The gradient from what :class:`LMFFunction` saved."""
-    gradient: Tensor
     if ctx.grad_in_forward:
-        gradient = GradientOfUpstream.apply(link, upstream, *saved)
-        return gradient
+        return cast(Tensor, torch.ops.lmf_triton.apply_upstream(saved[0], upstream, link))
     logits, target, margins, weight, normalizer, coefs = saved
     problem = ops.problem_of(logits, target, margins, weight, normalizer, ctx.options)
-    gradient = GradientOfProblem.apply(link, upstream, link if coefs is None else coefs, *problem)  # link is empty too
-    return gradient
+    coefs = link if coefs is None else coefs  # as empty
+    return cast(Tensor, torch.ops.lmf_triton.backward(*problem, coefs, upstream))
 
 
 def _graph_is_kept() -> bool:

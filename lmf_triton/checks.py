@@ -230,7 +230,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
         )
     # Outside any dual level, as nearly always, there are no tangents.
     in_dual_level = getattr(forward_ad, "_current_level", 0) >= 0
-    if in_dual_level and forward_ad.unpack_dual(tensor).tangent is not None:
+    if in_dual_level and _has_tangent(tensor):
         raise no_forward_mode(name)
 
 
@@ -240,19 +240,18 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # batches of them, which PyTorch cannot take apart
+        return True
+
+
 def no_forward_mode(name: str) -> NotImplementedError:
     """The error for a derivative in forward mode."""
     return NotImplementedError(
         "lmf_loss has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp and jacfwd): "
         f"{name} carries a tangent; use backward(), torch.autograd.grad or jacobian in reverse mode"
-    )
-
-
-def no_functionalize() -> NotImplementedError:
-    """The error for a derivative under torch.func.functionalize."""
-    return NotImplementedError(
-        "lmf_loss has no derivative together with torch.func.functionalize, which has no rule for a Function: leave "
-        "functionalize out, or use torch.compile or torch.export"
     )
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import checks, devices, ops, reduction
-from .autograd import LMFFunction, by_operator, ops_are_needed, transforms
+from .autograd import LMFFunction, ops_are_needed
 from .options import LossOptions
 from .reduction import Normalizer
 from .shapes import class_axis, has_own_dispatch, has_own_functions, is_traced
@@ -29,7 +29,8 @@ def evaluate(
     if ops_are_needed(logits, target, margins, weight, given):
         problem = ops.problem_of(logits, target, margins, weight, given, options)
         kept = _kept_by_operator(logits, options, grad_in_forward) if wants_gradient else (False, 0)
-        return by_operator(*problem, check_target, *kept)
+        loss: Tensor = torch.ops.lmf_triton.forward(*problem, check_target, *kept)[0]
+        return loss
 
     logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
     margins = None if margins is None else checks.without_lazy_bits(margins)
@@ -41,14 +42,15 @@ def evaluate(
         return backend.forward(logits, target, margins, weight, given, options, keep="nothing")[0]
     if grad_in_forward is None:
         grad_in_forward = _grad_in_forward(logits, options)
-    loss: Tensor
     loss, _ = LMFFunction.apply(logits, target, margins, weight, given, options, grad_in_forward, backend)
     return loss
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """As no subclass that is about functions: methods of MONAI's MetaTensor take other arguments than PyTorch's."""
-    if type(tensor) is Tensor or has_own_dispatch(tensor) or not has_own_functions(tensor):
+    if type(tensor) is Tensor or torch.compiler.is_compiling():  # which has its own way with subclasses
+        return tensor
+    if has_own_dispatch(tensor) or not has_own_functions(tensor):
         return tensor
     return tensor.as_subclass(Tensor)
 
@@ -60,11 +62,12 @@ def _grad_in_forward(logits: Tensor, options: LossOptions) -> bool:
 
 def _kept_by_operator(logits: Tensor, options: LossOptions, grad_in_forward: bool | None) -> tuple[bool, int]:
     """What an operator keeps for backward: whether the gradient, and how many coefficients of each sample."""
-    if not torch.compiler.is_compiling() and is_traced():
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and is_traced():
         return False, 0  # the trace is for calls with and without gradient, and backward computes what it needs
     if grad_in_forward is None:
         # An operator may not overwrite the gradient that was kept. To scale a copy of it costs a GPU more than to
         # compute it in backward; and a CPU less, except where vmap does it for a batch.
-        is_copied = logits.device.type == "cpu" and not transforms()
-        grad_in_forward = is_copied and _grad_in_forward(logits, options)
+        is_one = is_compiling or not torch._C._are_functorch_transforms_active()
+        grad_in_forward = is_one and logits.device.type == "cpu" and _grad_in_forward(logits, options)
     return grad_in_forward, 0 if grad_in_forward else devices.backend_of(logits).N_COEFS

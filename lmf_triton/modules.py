@@ -107,7 +107,17 @@ class LossModule(nn.Module):
         if name in BUFFERS and (value is None or isinstance(value, Tensor)):  # a Parameter is no exception
             self.register_buffer(name, value, name not in self._non_persistent_buffers_set)
         else:
-            super().__setattr__(name, python_number(value) if name in self._settings else value)
+            super().__setattr__(name, self._as_kept(name, value))
+
+    def _as_kept(self, name: str, value: Any) -> Any:
+        """A setting as Python's number, which ``repr`` shows; of the terms as a float.
+
+        Dynamo takes an integer attribute for a constant, and compiles anew for each.
+        """
+        if name not in self._settings:
+            return value
+        number = python_number(value)
+        return float(number) if name in Terms.__annotations__ and isinstance(number, int) else number
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name in BUFFERS:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import checks, devices
 from .options import Keep, LossOptions
@@ -41,15 +42,16 @@ class Problem(NamedTuple):
 N_ARGUMENTS = len(Problem._fields)
 PROBLEM = (
     "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor? normalizer, Tensor numbers, "
-    "int ignore_index, str reduction"
+    "SymInt ignore_index, str reduction"
 )
 OUTPUTS = "bool check_target, bool keep_grad, int n_coefs"
 SCHEMAS = {
-    # The arguments say what is allocated, and nothing else does: compiled graphs are kept on disk. What is not kept is
-    # empty.
-    "forward": f"({PROBLEM}, {OUTPUTS}) -> (Tensor loss, Tensor grad, Tensor coefs)",
+    # Compiled graphs are kept on disk, where PyTorch knows an operator by its name. So the arguments say what is
+    # allocated, and nothing else does; and who changes a schema after a release gives it another name.
+    # What is not kept is empty.
+    "forward": f"({PROBLEM}, {OUTPUTS}) -> (Tensor loss, Tensor grad, Tensor coefs, Tensor link)",
     "backward": f"({PROBLEM}, Tensor coefs, Tensor upstream) -> Tensor",
-    "apply_upstream": "(Tensor grad, Tensor upstream) -> Tensor",
+    "apply_upstream": "(Tensor grad, Tensor upstream, Tensor link) -> Tensor",
 }
 _ops = torch.ops.lmf_triton
 
@@ -77,8 +79,11 @@ def _taken_apart(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
 # On values in memory.
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and coefficients, of which those that are not to be kept are empty."""
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Loss, gradient and coefficients, of which those that are not to be kept are empty.
+
+    And a link: an empty tensor by which a gradient that was kept, which has no derivative, still depends on the logits.
+    """
     problem, (check_target, keep_grad, n_coefs) = _taken_apart(arguments)
     logits = problem.logits
     if check_target:
@@ -88,7 +93,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     last = kept[-1] if kept else None
     grad = last if keep == "gradient" and last is not None else logits.new_empty(0)
     coefs = last if keep == "coefs" and last is not None else loss.new_empty(0)
-    return loss, grad, coefs
+    return loss, grad, coefs, logits.new_empty(0)
 
 
 def backward(*arguments: Any) -> Tensor:
@@ -96,11 +101,11 @@ def backward(*arguments: Any) -> Tensor:
     problem, (coefs, upstream) = _taken_apart(arguments)
     backend = devices.backend_of(problem.logits)
     if coefs.numel() == 0 and backend.N_COEFS > 0:
-        *_, coefs = forward(*problem, False, False, backend.N_COEFS)
+        coefs = forward(*problem, False, False, backend.N_COEFS)[2]
     return backend.backward((*problem[:5], coefs), upstream, problem.options)
 
 
-def apply_upstream(grad: Tensor, upstream: Tensor) -> Tensor:
+def apply_upstream(grad: Tensor, upstream: Tensor, _: Tensor) -> Tensor:
     """The gradient that was kept, times the upstream gradient."""
     return devices.backend_of(grad).apply_upstream(grad, upstream, in_place=False)
 
@@ -108,13 +113,14 @@ def apply_upstream(grad: Tensor, upstream: Tensor) -> Tensor:
 # On tensors without values.
 
 
-def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     """As :func:`forward` allocates it."""
     problem, (_, keep_grad, n_coefs) = _taken_apart(arguments)
     logits, shape = problem.logits, problem.target.shape
     loss = logits.new_empty(shape if RULES[problem.reduction].per_sample else (), dtype=arithmetic_dtype(logits))
     grad = torch.empty_like(logits) if keep_grad else logits.new_empty(0)
-    return loss, grad, loss.new_empty((*shape, n_coefs) if n_coefs > 0 else 0)
+    coefs = loss.new_empty((*shape, n_coefs) if n_coefs > 0 else 0)
+    return loss, grad, coefs, logits.new_empty(0)
 
 
 def gradient_fake(like: Tensor, *_: Any) -> Tensor:
@@ -170,13 +176,13 @@ class Problems(NamedTuple):
         """What the sum of each problem's losses is divided by."""
         if not RULES[self.problem.reduction].is_mean:
             return 1
-        target = self.target.reshape(len(self.target), -1).long()
+        target = _rows(self.target).long()
         kept = target != self.problem.ignore_index
         weight = self.problem.weight
         if weight is None:
             return kept.sum(1)
-        n_classes = len(weight)
-        weights = weight.index_select(0, target.clamp(0, n_classes - 1).flatten()).view(target.shape)
+        last = weight.shape[0] - 1
+        weights = weight.index_select(0, target.clamp(0, last).flatten()).view(target.shape)
         return (weights * kept).sum(1)
 
     def losses(self, check_target: bool) -> Tensor:
@@ -184,7 +190,7 @@ class Problems(NamedTuple):
         losses: Tensor = _ops.forward(*self.samples(), check_target, False, 0)[0]
         if RULES[self.problem.reduction].per_sample:
             return losses.view(self.target.shape)
-        return losses.view(len(self.target), -1).sum(1) / self.denominators()
+        return _rows(losses.view(self.target.shape)).sum(1) / self.denominators()
 
     def gradients(self, upstream: Tensor) -> Tensor:
         """The gradient of the logits of each problem."""
@@ -203,11 +209,10 @@ def forward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) ->
         loss = problems.losses(check_target)
     else:
         loss = torch.stack([_ops.forward(*batch.one(i), check_target, False, 0)[0] for i in range(batch.size)])
-    nothing = loss.new_empty(batch.size, 0)
-    grad = nothing.clone()
+    grad, coefs, link = (dtype_of.new_empty(batch.size, 0) for dtype_of in (problem[0], loss, problem[0]))
     if keep_grad:
-        grad, _ = backward_vmap(info, (*batch.axes, None, 0), *problem, nothing, torch.ones_like(loss))
-    return (loss, grad, nothing), (0, 0, 0)
+        grad, _ = backward_vmap(info, (*batch.axes, None, 0), *problem, coefs, torch.ones_like(loss))
+    return (loss, grad, coefs, link), (0, 0, 0, 0)
 
 
 def backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -224,10 +229,11 @@ def apply_upstream_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: 
     """Rule of ``apply_upstream``."""
     batch = Batch(arguments, in_dims, info.batch_size)
     grad, upstream = batch.leading(0), batch.leading(1)
+    link = grad.new_empty(0)
     of_samples = grad.select(1 + class_axis(grad.shape[1:]), 0)  # the shape that a target has
     upstream = _per_sample(upstream, of_samples) if upstream.ndim == 1 else upstream
     n_axes = of_samples.ndim
-    scaled: Tensor = _ops.apply_upstream(_flat(grad, n_axes), _flat(upstream, n_axes))
+    scaled: Tensor = _ops.apply_upstream(_flat(grad, n_axes), _flat(upstream, n_axes), link)
     return scaled.view(grad.shape), 0
 
 
@@ -241,6 +247,11 @@ def _gradient(*arguments: Any) -> Tensor:
 def _flat(tensor: Tensor, n_axes: int) -> Tensor:
     """Problems and samples as one axis, where ``n_axes``, the target's, say that there is one of samples."""
     return tensor.flatten(0, 1) if n_axes > 1 else tensor
+
+
+def _rows(of_samples: Tensor) -> Tensor:
+    """The samples of each problem as a row."""
+    return of_samples.flatten(1) if of_samples.ndim > 1 else of_samples.unsqueeze(1)
 
 
 def _per_sample(of_problems: Tensor, like: Tensor) -> Tensor:
@@ -257,9 +268,10 @@ def _register() -> torch.library.Library:
     }
     for name, (on_values, fake, vmap) in rules.items():
         library.define(name + SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-        library.impl(name, on_values, "CompositeExplicitAutograd")  # on every device
+        # On every device. Dynamo, which sees the operator, would compile what it does where vmap is outside of it.
+        library.impl(name, _disable_dynamo(on_values), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lmf_triton::{name}", fake, lib=library)
-        torch.library.register_vmap(f"lmf_triton::{name}", vmap, lib=library)
+        torch.library.register_vmap(f"lmf_triton::{name}", _disable_dynamo(vmap), lib=library)
     return library
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lmf_triton import FocalLoss, LDAMLoss, LMFLoss, lmf_loss
@@ -155,6 +156,34 @@ def test_a_compiled_training_step(device, criterion):
         torch.testing.assert_close(actual, wanted)
 
 
+@pairwise(kind=[nn.Parameter, nn.Buffer], name=["logits", "weight"])
+def test_parameters_and_buffers_under_a_compiler(kind, name):
+    logits, target = samples()
+    weight = WEIGHT.clone()
+    if name == "logits":
+        logits = kind(logits)
+    else:
+        weight = nn.Parameter(weight, requires_grad=False) if kind is nn.Parameter else kind(weight)
+    quick, _ = compiled(lambda x, y: lmf_loss(x, y, weight=weight), "aot_eager")
+    torch.testing.assert_close(quick(logits, target), lmf_loss(logits, target, weight=WEIGHT))
+
+
+def test_schedules_of_whole_numbers_take_few_graphs():
+    """Dynamo takes an integer attribute of a module for a constant."""
+    criterion = LMFLoss(COUNTS)
+    quick, counter = compiled(criterion, "aot_eager")
+    for gamma in range(1, 9):
+        criterion.gamma = gamma
+        assert_same(quick, criterion, *samples())
+    assert counter.frame_count <= 3
+    function, counter = compiled(lambda x, y, i: lmf_loss(x, y, ignore_index=i), "aot_eager")
+    for ignored in range(-8, 0):
+        logits, target = samples()
+        target = target.masked_fill(target == -100, ignored)
+        torch.testing.assert_close(function(logits, target, ignored), lmf_loss(logits, target, ignore_index=ignored))
+    assert counter.frame_count <= 3
+
+
 def test_compiled_without_a_gradient(device):
     function = loss_of(device)
     quick, _ = compiled(function, "aot_eager")
@@ -260,12 +289,12 @@ def test_operators_pass_opcheck(path, layout, reduction, keep):
     normalizer = torch.tensor([5.0, 4.0]) if reduction.startswith("mean") else None
     numbers = torch.tensor([1.0, 1.0, 1.5, 1.0], dtype=torch.float64)
     problem = (logits, target, *per_class, normalizer, numbers, -100, reduction)
-    loss, _, coefs = torch.ops.lmf_triton.forward(*problem, False, keep == "gradient", n_coefs)
+    loss, _, coefs, link = torch.ops.lmf_triton.forward(*problem, False, keep == "gradient", n_coefs)
     upstream = torch.rand(loss.shape)
     calls = [
         (torch.ops.lmf_triton.forward, (logits.requires_grad_(), *problem[1:], True, keep == "gradient", n_coefs)),
         (torch.ops.lmf_triton.backward, (logits.detach(), *problem[1:], coefs, upstream)),
-        (torch.ops.lmf_triton.apply_upstream, (torch.rand_like(logits), upstream)),
+        (torch.ops.lmf_triton.apply_upstream, (torch.rand_like(logits), upstream, link)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
@@ -407,11 +436,64 @@ def test_second_derivatives_by_transforms_are_refused(device, transform, grad_in
 def test_functionalize(device):
     function = loss_of(device)
     logits, target = samples(device=device)
+    expected = loss_and_grad(function, logits, target)
     functionalize = torch.func.functionalize
-    torch.testing.assert_close(functionalize(function)(logits, target), function(logits, target))
+    torch.testing.assert_close(functionalize(function)(logits, target), expected[0])
     for gradient in functionalize(torch.func.grad(function)), torch.func.grad(functionalize(function)):
-        with pytest.raises(NotImplementedError, match=r"no derivative together with torch\.func\.functionalize"):
-            gradient(logits, target)
+        torch.testing.assert_close(gradient(logits, target), expected[1])
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "jacrev": torch.func.jacrev,
+    "vjp": lambda f: lambda x, y: torch.func.vjp(lambda z: f(z, y), x)[1](torch.ones((), device=x.device))[0],
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(f)),
+    "vmap": torch.func.vmap,
+}
+
+
+@pairwise(path=PATHS, transform=TRANSFORMS, reduction=["mean", "sum"], grad_in_forward=MODES)
+def test_compiled_transforms(device, transform, reduction, grad_in_forward):
+    """In one graph. Where Dynamo broke off within a transform, PyTorch 2.11 gave zeros."""
+    transformed = transform(loss_of(device, reduction=reduction, grad_in_forward=grad_in_forward))
+    logits, target = samples(device=device)
+    target = target.clamp_min(0)
+    quick, counter = compiled(transformed, "aot_eager")
+    torch.testing.assert_close(quick(logits, target), transformed(logits, target))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))])
+def test_transforms_of_what_is_compiled(device, transform):
+    """Dynamo does not look into the operators."""
+    function = loss_of(device)
+    logits, target = samples(device=device)
+    if transform is not torch.func.grad:
+        target = target.clamp_min(0)
+    counter = CompileCounterWithBackend("aot_eager")
+    quick = torch.compile(function, backend=counter)
+    torch.testing.assert_close(transform(quick)(logits, target), transform(function)(logits, target))
+    assert counter.frame_count <= 1
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_symbolic_trace_of_a_batch_is_for_all_sizes(reduction):
+    function = torch.func.vmap(lambda x, y: lmf_loss(x, y, reduction=reduction))
+    trace = make_fx(function, tracing_mode="symbolic")(*batch_of(9, 6))
+    for sizes in (18, 3), (4, 6):
+        torch.testing.assert_close(trace(*batch_of(*sizes)), function(*batch_of(*sizes)))
+
+
+def batch_of(n_problems, n_samples):
+    generator = torch.Generator().manual_seed(n_problems)
+    logits = torch.randn(n_problems, n_samples, N_CLASSES, generator=generator)
+    return logits, torch.randint(N_CLASSES, (n_problems, n_samples), generator=generator)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_batch_of_no_problems(reduction):
+    loss = torch.func.vmap(lambda x, y: lmf_loss(x, y, reduction=reduction))(*batch_of(0, 6))
+    assert loss.shape == ((0, 6) if reduction == "none" else (0,))
 
 
 # --- TorchScript and fx ---
