@@ -81,7 +81,9 @@ def lmf_loss(
         (https://arxiv.org/abs/2212.12741); Cao et al. 2019 for LDAM (https://arxiv.org/abs/1906.07413);
         Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002).
     """
-    tensors = (logits, target, margins, weight, *(normalizer if isinstance(normalizer, tuple) else (normalizer,)))
+    tensors: tuple[object, ...] = (logits, target, margins, weight)
+    if normalizer is not None:
+        tensors += normalizer if isinstance(normalizer, tuple) else (normalizer,)
     if has_torch_function(tensors):  # subclasses decide what becomes of a call, as of PyTorch's own functions
         return handle_torch_function(
             lmf_loss,

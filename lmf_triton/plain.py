@@ -28,6 +28,7 @@ CHUNK_ELEMENTS = 1 << 22
 # then near float32's smallest. Margins of this size at most leave them finite.
 MIN_ODDS = 1e-30
 MAX_MARGIN = 16
+FEW_CLASSES = 16  # up to here Python's look at each margin takes less time than PyTorch's at the extremes
 
 # From this many classes on, where they lie side by side, PyTorch's softmax is faster than its parts one by one: on the
 # same machine by a fifth at 1000 classes, while at 8 it takes five times as long.
@@ -291,7 +292,10 @@ def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
     """Whether it is left to the logits alone that the odds against the target are within bounds, as they mostly are."""
     if options.needs_scaled:
         return False
-    return margins is None or all(abs(bound) <= MAX_MARGIN for bound in map(float, margins.aminmax()))
+    if margins is None:
+        return True
+    bounds = margins.tolist() if len(margins) <= FEW_CLASSES else map(float, margins.aminmax())
+    return all(abs(bound) <= MAX_MARGIN for bound in bounds)
 
 
 def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:
