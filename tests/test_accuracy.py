@@ -31,6 +31,7 @@ TERMS = [
 ]
 
 
+@pytest.mark.slow
 @every_way
 @pairwise(shape=SHAPES, dtype=DTYPES, reduction=["none", "mean"])
 def test_sizes_and_dtypes(device, shape, dtype, reduction):
@@ -73,6 +74,7 @@ def test_long_rows(device, n_classes, dtype, scale):
 
 
 # Launches are cached by number of samples; 5001 are tried only here, so that no other test meets these two programs.
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_samples", "max_programs"), [(5000, 128), (5001, 2)])
 def test_many_samples_share_their_denominators(device, n_samples, max_programs, monkeypatch):
     """More samples than one step of the pass over the targets: its programs' parts, and their steps, add up."""

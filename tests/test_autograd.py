@@ -16,6 +16,7 @@ MODES = [True, False]
 
 
 # Both paths together, since test_accuracy.py has every option's gradient on each, from the reference's autograd.
+@pytest.mark.slow
 @pairwise(
     path=PATHS,
     reduction=REDUCTIONS,
@@ -48,6 +49,7 @@ def test_gradcheck(device, reduction, grad_in_forward, scale, terms):
     assert gradcheck(loss, (logits,), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("retain_graph", [False, True])  # in place, and to a copy
 def test_programs_that_apply_several_tiles(triton_device, reduction, retain_graph, monkeypatch):

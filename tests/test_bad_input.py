@@ -191,6 +191,7 @@ def run_without_triton(code: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_works_on_the_cpu_without_triton():
     code = """
 import torch

@@ -75,6 +75,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "why"), BROKEN.values(), ids=BROKEN)
 def test_the_package_works_with_a_triton_that_cannot_be_imported(code, why, tmp_path):
     (tmp_path / "triton").mkdir()
@@ -159,6 +160,7 @@ library.fallback(run, "PrivateUse1")
 """
 
 
+@pytest.mark.slow
 def test_a_device_of_a_third_party():
     """Its loss and gradient are the CPU's, through autograd, and nothing is read nor warned of."""
     code = (

@@ -19,10 +19,11 @@ from lmf_triton import FocalLoss, LDAMLoss, LMFLoss, lmf_loss
 N_CLASSES = 7
 COUNTS = [900, 400, 150, 60, 30, 9, 2]
 WEIGHT = class_weights(N_CLASSES)
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+BACKENDS = ["aot_eager", "inductor"]
 SHAPES = {"rows": (9, N_CLASSES), "dense": (3, N_CLASSES, 2, 5), "one sample": (N_CLASSES,)}
 MODES = [None, True, False]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`torch.jit"),  # deprecated, and used all the same
     # PyTorch 2.11's Dynamo instantiates a Function itself.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -280,7 +281,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
 @pairwise(path=PATHS, layout=LAYOUTS, reduction=REDUCTIONS, keep=["nothing", "gradient", "coefs"])
 def test_operators_pass_opcheck(path, layout, reduction, keep):
     logits, target = layout()

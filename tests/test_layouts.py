@@ -52,6 +52,7 @@ def test_matrix(device, layout, grad_in_forward, reduction, shape):
 
 
 # Images and volumes, in which neighbouring axes are of different sizes and cannot be taken for each other.
+@pytest.mark.slow
 @pairwise(layout=LAYOUTS_ND, shape=[(2, 5, 3, 4), (2, 3, 2, 3, 4)], grad_in_forward=MODES, reduction=["none", "mean"])
 def test_dense(device, layout, grad_in_forward, reduction, shape):
     weight = class_weights(shape[1])
@@ -81,6 +82,7 @@ def test_several_groups_of_rows_that_are_aligned(device, grad_in_forward):
     assert_accurate(case, *evaluate(case, grad_in_forward=grad_in_forward), roundings=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [1025, 33000])  # beyond one strided tile; beyond one tile of any kind
 @pytest.mark.parametrize("grad_in_forward", MODES)
 def test_many_classes_that_are_not_contiguous(device, n_classes, grad_in_forward):

@@ -16,6 +16,8 @@ from lmf_triton import lmf_loss
 from lmf_triton.fused import backend, launch
 from lmf_triton.fused.kernels import index
 
+pytestmark = pytest.mark.slow
+
 TILE = 128
 INF, NAN = math.inf, math.nan
 

@@ -13,6 +13,8 @@ from lmf_triton import FocalLoss, LDAMLoss, LMFLoss, devices, lmf_loss
 from lmf_triton.fused import backend
 from lmf_triton.fused.kernels import elementwise
 
+pytestmark = pytest.mark.slow
+
 INF, NAN = math.inf, math.nan
 MEANS = ["mean", "mean_per_term"]
 MODES = [True, False]

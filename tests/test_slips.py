@@ -12,6 +12,8 @@ from oracle import PATHS, make_case, pairwise
 
 from lmf_triton import FocalLoss, LMFLoss, ldam_margins, lmf_loss
 
+pytestmark = pytest.mark.slow
+
 # 1-d logits; one value a sample; a sequence or a text; images, with sizes that tell every axis from the others.
 SHAPES = [(7,), (5, 7), (5, 7, 3), (5, 7, 3, 4)]
 

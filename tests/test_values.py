@@ -69,6 +69,7 @@ def test_masked_target_gives_infinite_loss_and_finite_gradient(device, options):
     assert grad.sum().abs() < 1e-5
 
 
+@pytest.mark.slow
 @every_way
 @pairwise(
     options=OPTIONS,
