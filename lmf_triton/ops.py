@@ -181,8 +181,8 @@ class Problems(NamedTuple):
         weight = self.problem.weight
         if weight is None:
             return kept.sum(1)
-        last = weight.shape[0] - 1
-        weights = weight.index_select(0, target.clamp(0, last).flatten()).view(target.shape)
+        classes = target.clamp(0, weight.shape[0] - 1).flatten()
+        weights = weight.to(arithmetic_dtype(self.logits)).index_select(0, classes).view(target.shape)
         return (weights * kept).sum(1)
 
     def losses(self, check_target: bool) -> Tensor:

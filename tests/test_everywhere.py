@@ -387,6 +387,22 @@ def test_batches_of_upstream_gradients(device, reduction, grad_in_forward):
     torch.testing.assert_close(torch.func.vmap(grad)(upstream), expected)
 
 
+@pairwise(
+    path=PATHS,
+    dtype=[torch.float16, torch.bfloat16, torch.float32, torch.float64],
+    weight_dtype=[torch.float16, torch.bfloat16, torch.float32, torch.float64],
+)
+def test_dtypes_of_a_batch(device, dtype, weight_dtype):
+    weight = WEIGHT.to(device, weight_dtype)
+    logits, target = (tensor.to(device) for tensor in batch_of(3, 301))  # whose sum bfloat16 cannot hold
+    logits = logits.to(dtype)
+    grad = torch.func.grad_and_value(lambda x, y: lmf_loss(x, y, weight=weight))
+    grads, losses = torch.func.vmap(grad)(logits, target)
+    expected = [grad(x, y) for x, y in zip(logits, target, strict=True)]
+    torch.testing.assert_close(grads, torch.stack([each for each, _ in expected]))
+    torch.testing.assert_close(losses, torch.stack([each for _, each in expected]))
+
+
 def test_nested_vmaps(device):
     function = loss_of(device)
     logits, target = samples((6, N_CLASSES, 4), device=device)
