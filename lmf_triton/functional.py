@@ -85,7 +85,7 @@ def lmf_loss(
     if normalizer is not None:
         tensors += normalizer if isinstance(normalizer, tuple) else (normalizer,)
     if has_torch_function(tensors):  # subclasses decide what becomes of a call, as of PyTorch's own functions
-        return handle_torch_function(
+        loss: Tensor = handle_torch_function(
             lmf_loss,
             tensors,
             logits,
@@ -102,6 +102,7 @@ def lmf_loss(
             grad_in_forward=grad_in_forward,
             check_target=check_target,
         )
+        return loss
     options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
     checks.check_tensors(logits, target, margins, weight)
     if normalizer is not None:

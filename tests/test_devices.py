@@ -183,7 +183,9 @@ for reduction in "none", "sum", "mean", "mean_per_term":
         (grad,) = torch.autograd.grad(loss, logits, upstream)
         assert loss.device == grad.device == logits.device
         assert_accurate(case, loss.values_.detach(), grad.values_, roundings=2)
+print("held", flush=True)
+os._exit(0)  # PyTorch 2.11 sometimes aborts when it ends autograd's thread for such a device
 """
     )
-    result = run_alone(code, options=["-W", "error::RuntimeWarning"])
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_alone("import os\n" + code, options=["-W", "error::RuntimeWarning"])
+    assert result.stdout == "held\n", result.stderr[-2000:]
