@@ -70,5 +70,5 @@ def _warn_without_triton() -> None:
         "lmf_loss runs in plain PyTorch on CUDA tensors, more slowly than by its kernels, since Triton cannot be "
         f"imported ({_why_no_triton}). On Linux: pip install triton; on Windows: pip install triton-windows",
         RuntimeWarning,
-        stacklevel=5,  # who called lmf_loss
+        stacklevel=6,  # who called lmf_loss
     )

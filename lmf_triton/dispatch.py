@@ -1,5 +1,7 @@
 """Which way leads to a loss: with autograd or without, past the operators or through them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from .shapes import class_axis, has_own_dispatch, has_own_functions, is_traced
 
 
 def evaluate(
+    backend_of: Callable[[Tensor], devices.Backend],
     logits: Tensor,
     target: Tensor,
     margins: Tensor | None,
@@ -35,7 +38,7 @@ def evaluate(
     logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
     margins = None if margins is None else checks.without_lazy_bits(margins)
     weight = None if weight is None else checks.without_lazy_bits(weight)
-    backend = devices.backend_of(logits)
+    backend = backend_of(logits)
     if check_target:  # which the plain backend does by itself on the CPU only
         checks.check_target(target, logits.shape[class_axis(logits.shape)], options.ignore_index)
     if not wants_gradient:

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import checks, dispatch
+from . import checks, devices, dispatch
 from .reduction import Normalizer
 
 
@@ -108,4 +108,11 @@ def lmf_loss(
     if normalizer is not None:
         checks.check_normalizer(normalizer, options, logits)
     checks.check_grad_in_forward(grad_in_forward)
-    return dispatch.evaluate(logits, target, margins, weight, normalizer, options, grad_in_forward, check_target)
+    return dispatch.evaluate(
+        _backend, logits, target, margins, weight, normalizer, options, grad_in_forward, check_target
+    )
+
+
+def _backend(logits: Tensor) -> devices.Backend:
+    """What computes the loss in eager mode; tools that execute compiled kernels put their own in its place."""
+    return devices.backend_of(logits)
