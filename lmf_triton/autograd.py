@@ -103,7 +103,7 @@ class OperatorFunction(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = _below_autograd("forward", keys, arguments)
+        outputs: tuple[Tensor, ...] = _within_function("forward", keys, arguments)
         *tensors, ignore_index, reduction, _, keep_grad, _ = arguments
         _, grad, coefs, link = outputs
         ctx.mark_non_differentiable(grad, coefs)
@@ -129,7 +129,7 @@ class OperatorGradient(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, name: str, *arguments: Any) -> Tensor:
-        return cast(Tensor, _below_autograd(name, keys, arguments))
+        return cast(Tensor, _within_function(name, keys, arguments))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -139,9 +139,14 @@ class OperatorGradient(_SingleLevelFunction):
 def _below_autograd(name: str, keys: Any, arguments: tuple[Any, ...]) -> Any:
     """What the operator gives to those below this level: the next one, which may want a derivative too, or values."""
     operator = getattr(torch.ops.lmf_triton, name).default
-    # A Function's forward has switched off what another level may want.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+def _within_function(name: str, keys: Any, arguments: tuple[Any, ...]) -> Any:
+    """The same where a Function's forward has switched off what the next level may want."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(name, keys, arguments)
 
 
 def _with_derivative(name: str) -> Callable[..., Any]:

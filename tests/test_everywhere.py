@@ -432,6 +432,21 @@ def test_a_level_that_the_loss_is_not_about(device):
     torch.testing.assert_close(grad, loss_and_grad(function, logits, target)[1])
 
 
+@pytest.mark.parametrize("function", [lmf_loss, F.cross_entropy])
+def test_no_grad_within_a_transform_holds_for_all_levels(device, function):
+    logits, target = samples(device=device)
+    logits.requires_grad_()  # outside of the transform
+
+    def product(x):
+        with torch.no_grad():
+            loss = function(x, target)
+        return (x * loss).sum()
+
+    grad = torch.func.grad(product)(logits)
+    assert not grad.requires_grad
+    torch.testing.assert_close(grad, function(logits, target).detach().expand_as(grad))
+
+
 SECOND = {
     "grad of grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).sum())(x),
     "jacrev of grad": lambda f, x: torch.func.jacrev(torch.func.grad(f))(x),
