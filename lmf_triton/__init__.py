@@ -1,7 +1,8 @@
 """The LMF loss (LDAM + focal) for imbalanced classification: loss and gradient in one Triton kernel."""
 
+from .counts import count_classes
 from .functional import lmf_loss
-from .margins import class_balanced_weights, ldam_margins
+from .margins import class_balanced_weights, ldam_margins, log_prior_adjustment
 from .modules import FocalLoss, LDAMLoss, LMFLoss
 from .schedule import DeferredReweighting
 
@@ -13,6 +14,8 @@ __all__ = [
     "LDAMLoss",
     "LMFLoss",
     "class_balanced_weights",
+    "count_classes",
     "ldam_margins",
     "lmf_loss",
+    "log_prior_adjustment",
 ]

@@ -13,7 +13,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import checks, ops
 from .devices import Backend
-from .options import Keep, LossOptions
+from .options import Inputs, Keep, LossOptions
 from .shapes import has_own_dispatch, is_traced
 
 _AUTOGRAD = getattr(torch._C, "_autograd", None)  # its private questions, which may go away
@@ -35,6 +35,7 @@ class LMFFunction(Function):
         target: Tensor,
         margins: Tensor | None,
         weight: Tensor | None,
+        adjustment: Tensor | None,
         normalizer: Tensor | None,
         options: LossOptions,
         grad_in_forward: bool,
@@ -42,7 +43,8 @@ class LMFFunction(Function):
     ) -> tuple[Tensor, Tensor]:
         """The loss, and an empty tensor by which backward can refer to the logits' graph without keeping the logits."""
         keep: Keep = "gradient" if grad_in_forward else "coefs"
-        loss, kept = backend.forward(logits, target, margins, weight, normalizer, options, keep=keep)
+        inputs = Inputs(logits, target, margins, weight, adjustment, normalizer)
+        loss, kept = backend.forward(inputs, options, keep=keep)
         link = logits.new_empty(0)
         ctx.save_for_backward(link, *kept)
         ctx.strides_for_hooks = _strides(kept) if _hooks_are_set() else None
@@ -53,17 +55,17 @@ class LMFFunction(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 9
         checks.check_plain("the upstream gradient", upstream)
         link, *saved = ctx.saved_tensors
         if ctx.strides_for_hooks is not None:
             saved = [_laid_out(*kept) for kept in zip(saved, ctx.strides_for_hooks, strict=True)]
         if not torch.is_grad_enabled():
-            return LMFFunction._gradient(ctx, link, saved, upstream), *(None,) * 7
+            return LMFFunction._gradient(ctx, link, saved, upstream), *(None,) * 8
         with torch.no_grad():  # create_graph=True
             grad = LMFFunction._gradient(ctx, link, saved, upstream)
         grad = _FirstOrderOnly.apply(grad, link, upstream)
-        return grad, *(None,) * 7
+        return grad, *(None,) * 8
 
     @staticmethod
     def _gradient(ctx: Any, link: Tensor, saved: list[Any], upstream: Tensor) -> Tensor:
@@ -188,8 +190,8 @@ def _gradient_by_operators(ctx: Any, link: Tensor, saved: list[Any], upstream: T
     """The gradient from what :class:`LMFFunction` saved."""
     if ctx.grad_in_forward:
         return cast(Tensor, torch.ops.lmf_triton.apply_upstream(saved[0], upstream, link))
-    logits, target, margins, weight, normalizer, coefs = saved
-    problem = ops.problem_of(logits, target, margins, weight, normalizer, ctx.options)
+    *inputs, coefs = saved
+    problem = ops.problem_of(Inputs(*inputs), ctx.options)
     coefs = link if coefs is None else coefs  # as empty
     return cast(Tensor, torch.ops.lmf_triton.backward(*problem, coefs, upstream))
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import hints
-from .options import LossOptions
+from .options import Inputs, LossOptions
 from .reduction import RULES, Normalizer, Number
-from .shapes import class_axis
+from .shapes import class_axis, without_classes
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
@@ -24,19 +25,32 @@ FLOAT32, INT64 = torch.finfo(torch.float32), torch.iinfo(torch.int64)
 
 
 def check_options(
-    alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
+    alpha: float,
+    beta: float,
+    gamma: float,
+    scale: float,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float = 0.0,
 ) -> LossOptions:
     """The options as one value, or a TypeError or ValueError that says which is wrong."""
+    given = alpha, beta, gamma, scale, ignore_index, reduction, label_smoothing
     if torch.compiler.is_compiling():  # Dynamo warns of a cache
-        return _check_options(alpha, beta, gamma, scale, ignore_index, reduction)
+        return _check_options(*given)
     try:
-        return _known_options(alpha, beta, gamma, scale, ignore_index, reduction)
+        return _known_options(*given)
     except TypeError:  # not hashable, or wrong indeed
-        return _check_options(alpha, beta, gamma, scale, ignore_index, reduction)
+        return _check_options(*given)
 
 
 def _check_options(
-    alpha: float, beta: float, gamma: float, scale: float, ignore_index: int, reduction: str
+    alpha: float,
+    beta: float,
+    gamma: float,
+    scale: float,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
 ) -> LossOptions:
     given = {"alpha": alpha, "beta": beta, "gamma": gamma, "scale": scale}
     numbers = {name: as_float(name, value) for name, value in given.items()}
@@ -52,7 +66,10 @@ def _check_options(
         raise ValueError(f"ignore_index must be within int64's range, got {ignore_index!r}")
     if not isinstance(reduction, str) or reduction not in RULES:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, RULES))}, got {reduction!r}")
-    return LossOptions(**numbers, ignore_index=ignore_index, reduction=reduction)
+    smoothing = as_float("label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    return LossOptions(**numbers, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
 
 
 # The same few settings come with every batch: to check them again costs as much as to check the tensors.
@@ -90,27 +107,18 @@ def check_grad_in_forward(grad_in_forward: object) -> None:
         raise TypeError(f"grad_in_forward must be True, False or None, got {grad_in_forward!r}")
 
 
-def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight: Tensor | None) -> None:
+def check_inputs(inputs: Inputs) -> None:
     """Raise a TypeError or ValueError unless types, dtypes, shapes and devices fit together."""
+    logits, target, margins, weight, adjustment, _ = inputs
     for name, tensor in ("logits", logits), ("target", target):
         check_kind(name, tensor, "a tensor")
     if logits.dtype not in FLOAT_DTYPES:
         hint = hints.for_logits(logits, target)
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}{hint}")
     shape = logits.shape
-    if target.dtype not in INTEGER_DTYPES:
-        raise TypeError(
-            f"target must hold class indices of an integer dtype, got {target.dtype} of shape {tuple(target.shape)} "
-            f"for logits of shape {tuple(shape)}{hints.for_target(logits, target)}"
-        )
     if len(shape) == 0:
         raise ValueError("logits must have shape (C,), (N, C) or (N, C, d1, ..., dk), got a scalar")
-    expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
-    if target.shape != expected:
-        raise ValueError(
-            f"target must have the shape of logits without the class axis, {tuple(expected)} for logits of shape "
-            f"{tuple(shape)}, got {tuple(target.shape)}{hints.for_target(logits, target)}"
-        )
+    _check_target_fits(logits, target)
     n_classes = shape[class_axis(shape)]
     if n_classes == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(shape)}")
@@ -119,13 +127,46 @@ def check_tensors(logits: Tensor, target: Tensor, margins: Tensor | None, weight
             f"target must be on the device of logits, {logits.device}, got {target.device}: "
             "give target.to(logits.device)"
         )
-    for name, per_class in ("margins", margins), ("weight", weight):
+    for name, per_class in ("margins", margins), ("weight", weight), ("logit_adjustment", adjustment):
         check_per_class(name, per_class, n_classes)
         if per_class is not None and per_class.device != logits.device:
             raise ValueError(
                 f"{name} must be on the device of logits, {logits.device}, got {per_class.device}: "
                 f"give {name}.to(logits.device), or move the loss that has it, criterion.to({str(logits.device)!r})"
             )
+
+
+def _check_target_fits(logits: Tensor, target: Tensor) -> None:
+    """Classes have the samples' shape and an integer dtype, probabilities that of the logits and a floating one."""
+    is_index = target.dtype in INTEGER_DTYPES
+    if is_index and target.shape == without_classes(logits.shape):
+        return
+    shape, given = tuple(logits.shape), tuple(target.shape)
+    if target.dtype in FLOAT_DTYPES and given == shape:
+        if target.requires_grad:
+            raise ValueError(
+                "target has no gradient in this loss, got class probabilities with requires_grad=True: "
+                "give target.detach()"
+            )
+        if shape[class_axis(shape)] == 1 and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"the loss of logits with a single class is 0, got shape {shape}{hints.SINGLE_LOGIT}, with the class "
+                "of each sample as target",
+                UserWarning,
+                stacklevel=4,  # who called lmf_loss
+            )
+        return
+    if not is_index:
+        raise TypeError(
+            "target must hold class indices of an integer dtype, or class probabilities of a floating-point dtype and "
+            f"the shape of logits, got {target.dtype} of shape {given} for logits of shape "
+            f"{shape}{hints.for_target(logits, target)}"
+        )
+    raise ValueError(
+        "target must have the shape of logits without the class axis, "
+        f"{tuple(without_classes(logits.shape))} for logits of shape {shape}, "
+        f"got {given}{hints.for_target(logits, target)}"
+    )
 
 
 def check_normalizer(normalizer: Normalizer, options: LossOptions, logits: Tensor) -> None:
@@ -163,6 +204,13 @@ def _check_denominator(number: Number, device: torch.device) -> None:
         raise TypeError(f"normalizer must be a number or a 0-d tensor, got {number!r} of type {type(number).__name__}")
     if not FLOAT32.tiny <= as_float("normalizer", number) <= FLOAT32.max:
         raise ValueError(f"normalizer must be greater than 0, finite and within float32's range, got {number!r}")
+
+
+def check_classes(inputs: Inputs, ignore_index: int) -> None:
+    """Raise an IndexError for a class that is out of range, at the price of a synchronisation."""
+    if not inputs.has_probabilities:
+        logits = inputs.logits
+        check_target(inputs.target, logits.shape[class_axis(logits.shape)], ignore_index)
 
 
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int]:

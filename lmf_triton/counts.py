@@ -1,4 +1,4 @@
-"""Class counts in the forms in which people have them -> one list, in the order of the logits."""
+"""Class counts: from labels; and in the forms in which people have them -> one list, in the order of the logits."""
 
 import math
 from collections.abc import Iterator, Mapping, MappingView, Sequence
@@ -6,9 +6,10 @@ from decimal import Decimal
 from numbers import Number, Real
 from typing import Any, Protocol, SupportsFloat, TypeGuard
 
+import torch
 from torch import Tensor
 
-from .checks import check_kind
+from .checks import INTEGER_DTYPES, as_int, check_kind, check_target
 
 
 class Array(Protocol):
@@ -18,6 +19,52 @@ class Array(Protocol):
 
 
 ClassCounts = Sequence[SupportsFloat] | Mapping[int, SupportsFloat] | Tensor | Array
+
+
+def count_classes(target: Tensor | Sequence[int] | Array, n_classes: int, *, ignore_index: int = -100) -> Tensor:
+    """Samples of each class, from labels: the ``class_counts`` of the losses, margins and weights.
+
+    Count the labels of the training part alone, and all of them: a class that no label has is a zero here, which the
+    losses refuse.
+
+    Args:
+        target: class of each sample, a tensor of any shape and integer dtype; or what :func:`torch.as_tensor` makes
+            one of, such as the list that datasets of torchvision have as ``targets``.
+        n_classes: C, of the logits.
+        ignore_index: a label that does not count.
+
+    Returns:
+        ``(C,)`` int64, on the device of ``target``. The host waits for the labels.
+
+    Raises:
+        TypeError: the labels are not integers, or ``n_classes`` or ``ignore_index`` is none.
+        ValueError: ``n_classes`` is less than 1.
+        IndexError: a label is outside ``[0, C)`` and not ``ignore_index``.
+    """
+    size, ignored = as_int("n_classes", n_classes), as_int("ignore_index", ignore_index)
+    if size < 1:
+        raise ValueError(f"n_classes must be at least 1, got {size}")
+    if isinstance(target, Tensor):
+        check_kind("target", target, "a tensor of labels")
+    else:
+        target = _as_labels(target)
+    if target.is_meta:
+        raise TypeError(f"target must be labels, got {target!r}, whose values cannot be read")
+    if target.dtype not in INTEGER_DTYPES and target.numel() > 0:  # an empty list is one of floats
+        hint = ": of class probabilities or one-hot labels give target.argmax(1)" if target.ndim > 1 else ""
+        raise TypeError(f"target must hold class indices of an integer dtype, got {target.dtype}{hint}")
+    check_target(target, size, ignored)
+    labels = target.detach().flatten().long()
+    return torch.bincount(labels[labels != ignored], minlength=size)
+
+
+def _as_labels(target: Any) -> Tensor:
+    try:
+        return torch.as_tensor(target)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"target must be a tensor of labels, or what torch.as_tensor makes one of, got {type(target).__name__}"
+        ) from error
 
 
 def counts_in_order(class_counts: ClassCounts) -> list[float]:

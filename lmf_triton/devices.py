@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from .options import Keep, LossOptions
+from .options import Inputs, Keep, LossOptions
 
 _why_no_triton = ""
 try:
@@ -22,30 +22,16 @@ except Exception as error:  # Triton is not installed; one that is broken raises
 class Backend(Protocol):
     """The module ``plain`` or ``fused.backend``."""
 
-    @property
-    def N_COEFS(self) -> int:
-        """Coefficients of a sample that are kept for backward."""
+    def n_coefs(self, inputs: Inputs, options: LossOptions) -> int:
+        """Coefficients of a sample that are kept for backward; with 0, it needs nothing but the inputs."""
         ...
 
-    def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        margins: Tensor | None,
-        weight: Tensor | None,
-        normalizer: Tensor | None,
-        options: LossOptions,
-        *,
-        keep: Keep,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss; and to keep for backward: nothing, the gradient, or what :meth:`backward` computes it from.
-
-        ``normalizer`` is what :func:`reduction.given_totals` made of the user's.
-        """
+    def forward(self, inputs: Inputs, options: LossOptions, *, keep: Keep) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The loss; and to keep for backward: nothing, the gradient, or what :meth:`backward` computes it from."""
         ...
 
     def backward(self, kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
-        """The gradient of the logits from what :meth:`forward` kept as "coefs": its arguments and the coefficients."""
+        """The gradient of the logits from what :meth:`forward` kept as "coefs": its inputs and the coefficients."""
         ...
 
     def apply_upstream(self, grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:

@@ -7,45 +7,39 @@ from torch import Tensor
 
 from . import checks, devices, ops, reduction
 from .autograd import LMFFunction, ops_are_needed
-from .options import LossOptions
+from .options import Inputs, LossOptions
 from .reduction import Normalizer
-from .shapes import class_axis, has_own_dispatch, has_own_functions, is_traced
+from .shapes import has_own_dispatch, has_own_functions, is_traced
 
 
 def evaluate(
     backend_of: Callable[[Tensor], devices.Backend],
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
+    inputs: Inputs,
     normalizer: Normalizer | None,
     options: LossOptions,
     grad_in_forward: bool | None,
     check_target: bool,
 ) -> Tensor:
     """The loss of checked arguments, with a graph where the logits want one."""
-    logits, target = _plain(logits), _plain(target)
-    margins = None if margins is None else _plain(margins)
-    weight = None if weight is None else _plain(weight)
+    inputs = inputs.map(_plain)
+    logits = inputs.logits
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    given = None if normalizer is None else reduction.given_totals(normalizer, logits)
-    if ops_are_needed(logits, target, margins, weight, given):
-        problem = ops.problem_of(logits, target, margins, weight, given, options)
-        kept = _kept_by_operator(logits, options, grad_in_forward) if wants_gradient else (False, 0)
-        loss: Tensor = torch.ops.lmf_triton.forward(*problem, check_target, *kept)[0]
+    if normalizer is not None:
+        inputs = inputs._replace(normalizer=reduction.given_totals(normalizer, logits))
+    if ops_are_needed(*inputs):
+        kept = _kept_by_operator(inputs, options, grad_in_forward) if wants_gradient else (False, 0)
+        loss: Tensor = torch.ops.lmf_triton.forward(*ops.problem_of(inputs, options), check_target, *kept)[0]
         return loss
 
-    logits, target = checks.without_lazy_bits(logits), checks.without_lazy_bits(target)
-    margins = None if margins is None else checks.without_lazy_bits(margins)
-    weight = None if weight is None else checks.without_lazy_bits(weight)
+    inputs = inputs.map(checks.without_lazy_bits)
     backend = backend_of(logits)
     if check_target:  # which the plain backend does by itself on the CPU only
-        checks.check_target(target, logits.shape[class_axis(logits.shape)], options.ignore_index)
+        checks.check_classes(inputs, options.ignore_index)
     if not wants_gradient:
-        return backend.forward(logits, target, margins, weight, given, options, keep="nothing")[0]
+        return backend.forward(inputs, options, keep="nothing")[0]
     if grad_in_forward is None:
         grad_in_forward = _grad_in_forward(logits, options)
-    loss, _ = LMFFunction.apply(logits, target, margins, weight, given, options, grad_in_forward, backend)
+    loss, _ = LMFFunction.apply(*inputs, options, grad_in_forward, backend)
     return loss
 
 
@@ -63,7 +57,7 @@ def _grad_in_forward(logits: Tensor, options: LossOptions) -> bool:
     return not options.rule.per_sample and logits.dtype != torch.float16
 
 
-def _kept_by_operator(logits: Tensor, options: LossOptions, grad_in_forward: bool | None) -> tuple[bool, int]:
+def _kept_by_operator(inputs: Inputs, options: LossOptions, grad_in_forward: bool | None) -> tuple[bool, int]:
     """What an operator keeps for backward: whether the gradient, and how many coefficients of each sample."""
     is_compiling = torch.compiler.is_compiling()
     if not is_compiling and is_traced():
@@ -72,5 +66,6 @@ def _kept_by_operator(logits: Tensor, options: LossOptions, grad_in_forward: boo
         # An operator may not overwrite the gradient that was kept. To scale a copy of it costs a GPU more than to
         # compute it in backward; and a CPU less, except where vmap does it for a batch.
         is_one = is_compiling or not torch._C._are_functorch_transforms_active()
+        logits = inputs.logits
         grad_in_forward = is_one and logits.device.type == "cpu" and _grad_in_forward(logits, options)
-    return grad_in_forward, 0 if grad_in_forward else devices.backend_of(logits).N_COEFS
+    return grad_in_forward, 0 if grad_in_forward else devices.backend_of(inputs.logits).n_coefs(inputs, options)

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checks, devices, dispatch
+from .options import Inputs
 from .reduction import Normalizer
 
 
@@ -19,6 +20,8 @@ def lmf_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_adjustment: Tensor | None = None,
     normalizer: Normalizer | None = None,
     grad_in_forward: bool | None = None,
     check_target: bool = False,
@@ -32,11 +35,16 @@ def lmf_loss(
     with logits x, target class y, p = softmax(x), margins Δ, scale s and class weights w. Special cases:
     ``alpha=0, gamma=0`` is cross-entropy, ``alpha=0`` focal loss, ``beta=0`` LDAM.
 
+    With class probabilities q the loss is :math:`\sum_j q_j \ell_j`, the sum of the losses that the sample would have
+    if its class were j, with that class's margin and weight: so mixup's is exactly λ·ℓ_a + (1 - λ)·ℓ_b.
+
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float16, bfloat16, float32 or float64; any strides.
             Never modified.
         target: class of each sample, ``()``, ``(N,)`` or ``(N, d1, ..., dk)``; any integer dtype, which the kernels
-            read as it is.
+            read as it is. Or class probabilities, of the logits' shape, any floating dtype and any strides: they need
+            not sum to 1, and are taken as they are. A class whose probability or weight is 0 contributes exactly 0,
+            though its logit be -inf.
         margins: Δ, ``(C,)``, any floating dtype; see :func:`lmf_triton.ldam_margins`. ``None`` is no margin.
         alpha: coefficient of the LDAM term, >= 0. (Not a class weight, which other libraries call alpha.)
         beta: coefficient of the focal term, >= 0.
@@ -44,10 +52,16 @@ def lmf_loss(
         scale: s of the LDAM term, > 0. The paper has 1; LDAM's authors take 30 for a normalised classifier.
         weight: class weights w, ``(C,)``, any floating dtype. They multiply the whole loss of a sample and stay
             outside the focal factor.
-        ignore_index: target value of samples that have loss 0 and gradient 0.
+        ignore_index: target value of samples that have loss 0 and gradient 0. It has no say over probabilities.
         reduction: ``"none"``; ``"sum"``; ``"mean"``, the weighted mean Σ w·l / Σ w of
             :func:`torch.nn.functional.cross_entropy`; or ``"mean_per_term"``, α·Σ w·LDAM / Σ w + β·Σ w·Focal / (number
-            of samples), the averaging in the LMF authors' code. Sums and means leave out ignored samples.
+            of samples), the averaging in the LMF authors' code. Sums and means leave out ignored samples. Of class
+            probabilities both means divide by the number of samples, as ``cross_entropy`` does.
+        label_smoothing: ε in [0, 1]: the target's probabilities (1 for its class) become (1 - ε)·q + ε / C. As in
+            ``cross_entropy``, it leaves a mean's denominator as it is.
+        logit_adjustment: b, ``(C,)``, any floating dtype, added to the logits of each softmax: the focal term sees
+            x + b, LDAM s·(x_y - Δ_y) + b_y against s·x_j + b_j. For training only, see
+            :func:`lmf_triton.log_prior_adjustment`.
         normalizer: what a mean is divided by, in place of its own denominator: a number above 0, or a 0-d tensor on the
             logits' device, which is read there. ``"mean_per_term"`` takes a pair ``(Σ w, number of samples)`` too; one
             number stands for both. It makes means of parts exact. Under gradient accumulation give each micro-batch
@@ -58,10 +72,10 @@ def lmf_loss(
             ``False``: in backward, from the logits and a few floats a sample (on the CPU from the loss's own
             arguments). ``None`` takes ``True`` for sums and means and ``False`` for ``"none"`` and for float16, where
             the gradient of a mean would underflow before a loss scale reaches it.
-        check_target: raise on targets that are out of range off the CPU too, at the price of a synchronisation.
+        check_target: raise on classes that are out of range off the CPU too, at the price of a synchronisation.
 
     Returns:
-        The loss, float32 (float64 for float64 logits), a scalar or for ``"none"`` of the target's shape. The gradient
+        The loss, float32 (float64 for float64 logits), a scalar or for ``"none"`` one number a sample. The gradient
         has the logits' dtype, and their strides where they are dense (otherwise those of ``torch.empty_like``).
 
         A launch of the kernels covers all samples whose positions fit two strides; this holds for 1-d and 2-d logits of
@@ -79,9 +93,10 @@ def lmf_loss(
     References:
         Sadi et al., "LMFLoss: A Hybrid Loss for Imbalanced Medical Image Classification", 2022, eq. 3
         (https://arxiv.org/abs/2212.12741); Cao et al. 2019 for LDAM (https://arxiv.org/abs/1906.07413);
-        Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002).
+        Lin et al. 2017 for focal loss (https://arxiv.org/abs/1708.02002); Menon et al. 2021 for the logit adjustment
+        (https://arxiv.org/abs/2007.07314); Szegedy et al. 2016 for label smoothing (https://arxiv.org/abs/1512.00567).
     """
-    tensors: tuple[object, ...] = (logits, target, margins, weight)
+    tensors: tuple[object, ...] = (logits, target, margins, weight, logit_adjustment)
     if normalizer is not None:
         tensors += normalizer if isinstance(normalizer, tuple) else (normalizer,)
     if has_torch_function(tensors):  # subclasses decide what becomes of a call, as of PyTorch's own functions
@@ -98,19 +113,20 @@ def lmf_loss(
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
+            label_smoothing=label_smoothing,
+            logit_adjustment=logit_adjustment,
             normalizer=normalizer,
             grad_in_forward=grad_in_forward,
             check_target=check_target,
         )
         return loss
-    options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction)
-    checks.check_tensors(logits, target, margins, weight)
+    options = checks.check_options(alpha, beta, gamma, scale, ignore_index, reduction, label_smoothing)
+    inputs = Inputs(logits, target, margins, weight, logit_adjustment)
+    checks.check_inputs(inputs)
     if normalizer is not None:
         checks.check_normalizer(normalizer, options, logits)
     checks.check_grad_in_forward(grad_in_forward)
-    return dispatch.evaluate(
-        _backend, logits, target, margins, weight, normalizer, options, grad_in_forward, check_target
-    )
+    return dispatch.evaluate(_backend, inputs, normalizer, options, grad_in_forward, check_target)
 
 
 def _backend(logits: Tensor) -> devices.Backend:

@@ -53,9 +53,9 @@ def for_target(logits: Tensor, target: Tensor) -> str:
         return ": logits come first and the target second, are they swapped?"
     if shape[class_axis(shape)] == 1:
         return SINGLE_LOGIT
-    for with_classes, axis in _with_classes(shape):
+    for with_classes, axis, remedy in _with_classes(shape):
         if given == with_classes:
-            return _for_scores(target, axis) + (ONE_SAMPLE if len(shape) == 1 else "")
+            return _for_scores(target, axis, remedy) + (ONE_SAMPLE if len(shape) == 1 else "")
     for slip, right_logits, right_target in _slips(shape, given):
         if given == slip:
             right_target += "" if is_index else ".long()"
@@ -71,19 +71,20 @@ def for_per_class(name: str, per_class: Tensor, n_classes: int | None) -> str:
     return SINGLE_LOGIT if n_classes == 1 and len(per_class) == 2 else ""
 
 
-def _for_scores(target: Tensor, axis: int) -> str:
-    if target.is_floating_point():
-        return f": class probabilities are not supported yet, give the class of each sample, target.argmax({axis})"
+def _for_scores(target: Tensor, axis: int, remedy: str) -> str:
     counted = "target.int()" if target.dtype == torch.bool else "target"  # of bool there is no argmax
-    return f": a one-hot target is not supported, give the class of each sample, {counted}.argmax({axis})"
+    classes = f"the class of each sample, {counted}.argmax({axis})"
+    if target.is_floating_point():
+        return f": give class probabilities in the shape of logits, {remedy}, or {classes}"
+    return f": for a one-hot target give {classes}, or class probabilities of a floating-point dtype, {remedy}.float()"
 
 
-def _with_classes(shape: Shape) -> Iterator[tuple[Shape, int]]:
-    """Shapes of targets with an axis of the classes, and that axis."""
-    yield shape, class_axis(shape)
-    yield shape[:1] + shape[2:] + shape[1:2], -1  # as F.one_hot makes it
+def _with_classes(shape: Shape) -> Iterator[tuple[Shape, int, str]]:
+    """Shapes of targets with an axis of the classes, that axis, and how to make the logits' shape of them."""
+    yield shape, class_axis(shape), "target"
+    yield shape[:1] + shape[2:] + shape[1:2], -1, "target.movedim(-1, 1)"  # as F.one_hot makes it
     if len(shape) == 2:
-        yield shape[::-1], 0
+        yield shape[::-1], 0, "target.T"
 
 
 def _slips(shape: Shape, given: Shape) -> Iterator[tuple[Shape, str, str]]:

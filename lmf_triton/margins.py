@@ -1,4 +1,4 @@
-"""From class counts to LDAM margins and class-balanced weights."""
+"""From class counts to LDAM margins, class-balanced weights and log priors."""
 
 import math
 
@@ -62,6 +62,41 @@ def class_balanced_weights(class_counts: ClassCounts, *, beta: float = 0.9999) -
     weights = [1 / -math.expm1(count * log_beta) for count in counts_in_order(class_counts)]
     factor = len(weights) / math.fsum(weights)
     return _per_class([factor * weight for weight in weights], class_counts)
+
+
+def log_prior_adjustment(class_counts: ClassCounts, *, tau: float = 1.0) -> Tensor:
+    """Logit adjustment ``tau * log(n_j / Σ n)``: the ``logit_adjustment`` of the losses, for training only.
+
+    A network that is trained with it learns logits without the class frequencies of the training data, so that its
+    largest logit minimises the balanced error (the mean error rate of the classes). So predict from the logits as they
+    are, without the adjustment. With ``tau=1`` and ``alpha=0, gamma=0`` the loss is balanced softmax.
+
+    Args:
+        class_counts: training samples of each class, as for :func:`ldam_margins`.
+        tau: how much of the log prior is added; >= 0. 0 is none.
+
+    Returns:
+        ``(C,)`` float32, none above 0, on the device of ``class_counts`` if that is a tensor, else on PyTorch's
+        default device.
+
+    Raises:
+        TypeError: a count or tau is not a number.
+        ValueError: a count is not finite and positive (its class is named), the keys are not the classes, or tau is
+            negative, not finite or too large for float32.
+
+    References:
+        Menon et al., "Long-Tail Learning via Logit Adjustment", 2021, eq. 10 (https://arxiv.org/abs/2007.07314);
+        Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", 2020, eq. 4
+        (https://arxiv.org/abs/2007.10740), which is ``tau=1``.
+    """
+    factor = _not_negative("tau", tau)
+    counts = counts_in_order(class_counts)
+    largest = max(counts)
+    log_total = math.log(largest) + math.log(math.fsum(count / largest for count in counts))  # the sum may overflow
+    log_priors = [math.log(count) - log_total for count in counts]
+    if factor * -min(log_priors) > torch.finfo(torch.float32).max:
+        raise ValueError(f"tau must leave log priors within float32's range, got {tau!r}")
+    return _per_class([factor * log_prior for log_prior in log_priors], class_counts)
 
 
 def _per_class(values: list[float], class_counts: ClassCounts) -> Tensor:

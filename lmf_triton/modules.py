@@ -16,9 +16,14 @@ from .functional import lmf_loss
 from .margins import ldam_margins
 from .reduction import Normalizer
 
-BUFFERS = ("margins", "weight")
+BUFFERS = ("margins", "weight", "logit_adjustment")
 # What people may take for a setting of any loss. On one that has none of that name, it would have no effect.
-ARGUMENTS = {"class_counts", "max_margin", *signature(lmf_loss).parameters} - {"logits", "target", "weight"}
+ARGUMENTS = {"class_counts", "max_margin", *signature(lmf_loss).parameters} - {
+    "logits",
+    "target",
+    "weight",
+    "logit_adjustment",
+}
 
 
 class Terms(TypedDict):
@@ -39,6 +44,7 @@ class LossModule(nn.Module):
 
     margins: Tensor | None
     weight: Tensor | None
+    logit_adjustment: Tensor | None
     __call__: Callable[..., Tensor]
     _settings: tuple[str, ...] = ()
 
@@ -52,6 +58,8 @@ class LossModule(nn.Module):
         weight: Tensor | None,
         ignore_index: int,
         reduction: str,
+        label_smoothing: float,
+        logit_adjustment: Tensor | None,
         check_target: bool,
         class_counts: ClassCounts = (),
         max_margin: float = 0.0,
@@ -59,6 +67,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.ignore_index: int = ignore_index
         self.reduction: str = reduction
+        self.label_smoothing: float = label_smoothing
         self.check_target: bool = check_target
         self._given: dict[str, Tensor | None] = {}  # the buffers that were handed in or assigned, as they were then
         self._without_values: set[str] = set()  # those that were on the meta device; NaN holds their place
@@ -68,16 +77,22 @@ class LossModule(nn.Module):
             self._new_margins: Callable[[], Tensor] = partial(
                 ldam_margins, counts_in_order(class_counts), max_margin=max_margin
             )
-        check_per_class("weight", weight, None if margins is None else len(margins))
         super().register_buffer("margins", margins)
-        self.register_buffer("weight", weight)
+        for name, per_class in ("weight", weight), ("logit_adjustment", logit_adjustment):
+            check_per_class(name, per_class, None if margins is None else len(margins))
+            self.register_buffer(name, per_class)
         self._trace = self._follow_buffers(torch.empty(0, dtype=torch.float32))
 
     def _terms(self) -> Terms:
         raise NotImplementedError
 
     def _check_settings(self) -> None:
-        check_options(**self._terms(), ignore_index=self.ignore_index, reduction=self.reduction)
+        check_options(
+            **self._terms(),
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
 
     @torch.jit.unused  # a model that holds a loss may be scripted; the loss itself is not for it
     def forward(self, input: Tensor, target: Tensor, *, normalizer: Normalizer | None = None) -> Tensor:
@@ -90,6 +105,8 @@ class LossModule(nn.Module):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            logit_adjustment=self.logit_adjustment,
             normalizer=normalizer,
             check_target=self.check_target,
             **self._terms(),
@@ -98,7 +115,9 @@ class LossModule(nn.Module):
     def extra_repr(self) -> str:
         shown: dict[str, object] = {} if self.margins is None else {"n_classes": len(self.margins)}
         shown |= {name: getattr(self, name) for name in self._settings}
-        shown["weight"] = None if self.weight is None else tuple(self.weight.shape)
+        for name in ("weight", "logit_adjustment"):
+            per_class = getattr(self, name)
+            shown[name] = None if per_class is None else tuple(per_class.shape)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
@@ -117,7 +136,8 @@ class LossModule(nn.Module):
         if name not in self._settings:
             return value
         number = python_number(value)
-        return float(number) if name in Terms.__annotations__ and isinstance(number, int) else number
+        is_float = name in Terms.__annotations__ or name == "label_smoothing"
+        return float(number) if is_float and isinstance(number, int) and not isinstance(number, bool) else number
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name in BUFFERS:
@@ -145,7 +165,7 @@ class LossModule(nn.Module):
             raise AttributeError(f"{name} cannot be set on a {loss.__name__}, where it would have no effect")
 
     def reset_parameters(self) -> None:
-        """Write margins and weight, as they were built or assigned, into the buffers that are there.
+        """Write the buffers that are there as they were built or assigned.
 
         ``to_empty`` does so by itself; whoever materialises a module in another way calls this. What was handed in on
         the meta device has no values: the forward pass refuses it until it is loaded or assigned.
@@ -226,7 +246,8 @@ class LMFLoss(LossModule):
         alpha, beta, gamma, scale: of the formula, as in ``lmf_loss``.
         max_margin: margin of the rarest class, fixed when the module is built; see :func:`lmf_triton.ldam_margins`.
         weight: class weights, ``(C,)``, any floating dtype, or ``None``. Copied.
-        ignore_index, reduction, check_target: as in ``lmf_loss``.
+        ignore_index, reduction, label_smoothing, check_target: as in ``lmf_loss``.
+        logit_adjustment: as in ``lmf_loss``, ``(C,)``, any floating dtype, or ``None``. Copied.
 
     Call:
         ``criterion(input, target, *, normalizer=None)``, as the losses of ``torch.nn``: ``input`` are the logits;
@@ -234,19 +255,20 @@ class LMFLoss(LossModule):
 
     Shape:
         input ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, float16 to float64; target the same without C, any
-        integer dtype. The loss is float32 (float64 for float64 logits), a scalar or, with ``reduction="none"``, of
-        the target's shape.
+        integer dtype, or the same, any floating dtype: class probabilities. The loss is float32 (float64 for float64
+        logits), a scalar or, with ``reduction="none"``, of the input's shape without C.
 
     Attributes:
-        margins, weight: buffers, ``(C,)``; ``.to(device)`` moves them to where the logits are. What is assigned to
-            them is copied. After ``to_empty`` they have their values again, see :meth:`reset_parameters`.
-        alpha, beta, gamma, scale, ignore_index, reduction, check_target: may be changed between steps. ``max_margin``
-            may not.
+        margins, weight, logit_adjustment: buffers, ``(C,)``; ``.to(device)`` moves them to where the logits are. What
+            is assigned to them is copied. After ``to_empty`` they have their values again, see
+            :meth:`reset_parameters`.
+        alpha, beta, gamma, scale, ignore_index, reduction, label_smoothing, check_target: may be changed between
+            steps. ``max_margin`` may not.
 
     Raises:
         TypeError, ValueError, NotImplementedError: for arguments that ``lmf_loss`` or ``ldam_margins`` refuse.
         AttributeError: when a setting is assigned that would have no effect.
-        RuntimeError: at first use, where a weight or assigned margins were on the meta device and never filled.
+        RuntimeError: at first use, where a buffer was handed in on the meta device and never filled.
 
     References:
         Sadi et al. 2022, eq. 3 (https://arxiv.org/abs/2212.12741). What the authors' own code computes is
@@ -265,9 +287,20 @@ class LMFLoss(LossModule):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_adjustment: Tensor | None = None,
         check_target: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, check_target, class_counts, max_margin)
+        super().__init__(
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            logit_adjustment,
+            check_target,
+            class_counts,
+            max_margin,
+        )
         self.alpha: float = alpha
         self.beta: float = beta
         self.gamma: float = gamma
@@ -298,9 +331,20 @@ class LDAMLoss(LossModule):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_adjustment: Tensor | None = None,
         check_target: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, check_target, class_counts, max_margin)
+        super().__init__(
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            logit_adjustment,
+            check_target,
+            class_counts,
+            max_margin,
+        )
         self.max_margin: Final[float] = max_margin
         self.scale: float = scale
         self._check_settings()
@@ -326,9 +370,11 @@ class FocalLoss(LossModule):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_adjustment: Tensor | None = None,
         check_target: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction, check_target)
+        super().__init__(weight, ignore_index, reduction, label_smoothing, logit_adjustment, check_target)
         self.gamma: float = gamma
         self._check_settings()
 

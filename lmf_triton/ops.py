@@ -7,6 +7,7 @@ problems, which is its rule for vmap. Their derivative is autograd.py's.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -14,35 +15,40 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import checks, devices
-from .options import Keep, LossOptions
+from .options import Inputs, Keep, LossOptions
 from .reduction import RULES
 from .shapes import arithmetic_dtype, class_axis
 
 
 class Problem(NamedTuple):
-    """What a loss is computed from."""
+    """What a loss is computed from: its inputs, one after the other, and its options."""
 
     logits: Tensor
     target: Tensor
     margins: Tensor | None
     weight: Tensor | None
-    normalizer: Tensor | None  # (2,), see reduction.given_totals
-    # alpha, beta, gamma, scale: float64 on the CPU. A number in a schema would be a constant of a compiled graph, and
-    # each new value a new graph; a tensor on another device would have to be waited for.
+    logit_adjustment: Tensor | None
+    normalizer: Tensor | None
+    # alpha, beta, gamma, scale, label_smoothing: float64 on the CPU. A number in a schema would be a constant of a
+    # compiled graph, and each new value a new graph; a tensor on another device would have to be waited for.
     numbers: Tensor
     ignore_index: int
     reduction: str
 
     @property
+    def inputs(self) -> Inputs:
+        return Inputs(*self[:N_INPUTS])  # type: ignore[arg-type]
+
+    @property
     def options(self) -> LossOptions:
-        alpha, beta, gamma, scale = self.numbers.tolist()
-        return LossOptions(alpha, beta, gamma, scale, self.ignore_index, self.reduction)
+        alpha, beta, gamma, scale, label_smoothing = self.numbers.tolist()
+        return LossOptions(alpha, beta, gamma, scale, self.ignore_index, self.reduction, label_smoothing)
 
 
-N_ARGUMENTS = len(Problem._fields)
+N_INPUTS, N_ARGUMENTS = len(Inputs._fields), len(Problem._fields)
 PROBLEM = (
-    "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor? normalizer, Tensor numbers, "
-    "SymInt ignore_index, str reduction"
+    "Tensor logits, Tensor target, Tensor? margins, Tensor? weight, Tensor? logit_adjustment, Tensor? normalizer, "
+    "Tensor numbers, SymInt ignore_index, str reduction"
 )
 OUTPUTS = "bool check_target, bool keep_grad, int n_coefs"
 SCHEMAS = {
@@ -56,19 +62,12 @@ SCHEMAS = {
 _ops = torch.ops.lmf_triton
 
 
-def problem_of(
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    options: LossOptions,
-) -> Problem:
+def problem_of(inputs: Inputs, options: LossOptions) -> Problem:
     """The arguments of a loss in the form that operators take."""
-    numbers = options.alpha, options.beta, options.gamma, options.scale
+    numbers = options.alpha, options.beta, options.gamma, options.scale, options.label_smoothing
     zero = torch.zeros((), dtype=torch.float64, device="cpu")
     stacked = torch.stack([zero + number for number in numbers])
-    return Problem(logits, target, margins, weight, normalizer, stacked, options.ignore_index, options.reduction)
+    return Problem(*inputs, stacked, options.ignore_index, options.reduction)
 
 
 def _taken_apart(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
@@ -87,9 +86,9 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (check_target, keep_grad, n_coefs) = _taken_apart(arguments)
     logits = problem.logits
     if check_target:
-        checks.check_target(problem.target, logits.shape[class_axis(logits.shape)], problem.ignore_index)
+        checks.check_classes(problem.inputs, problem.ignore_index)
     keep: Keep = "gradient" if keep_grad else "coefs" if n_coefs > 0 else "nothing"
-    loss, kept = devices.backend_of(logits).forward(*problem[:5], problem.options, keep=keep)
+    loss, kept = devices.backend_of(logits).forward(problem.inputs, problem.options, keep=keep)
     last = kept[-1] if kept else None
     grad = last if keep == "gradient" and last is not None else logits.new_empty(0)
     coefs = last if keep == "coefs" and last is not None else loss.new_empty(0)
@@ -100,9 +99,11 @@ def backward(*arguments: Any) -> Tensor:
     """The gradient of the logits from the coefficients, which may not have been kept, times the upstream gradient."""
     problem, (coefs, upstream) = _taken_apart(arguments)
     backend = devices.backend_of(problem.logits)
-    if coefs.numel() == 0 and backend.N_COEFS > 0:
-        coefs = forward(*problem, False, False, backend.N_COEFS)[2]
-    return backend.backward((*problem[:5], coefs), upstream, problem.options)
+    inputs, options = problem.inputs, problem.options
+    n_coefs = backend.n_coefs(inputs, options)
+    if coefs.numel() == 0 and n_coefs > 0:
+        coefs = forward(*problem, False, False, n_coefs)[2]
+    return backend.backward((*inputs, coefs), upstream, options)
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, _: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def apply_upstream(grad: Tensor, upstream: Tensor, _: Tensor) -> Tensor:
 def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     """As :func:`forward` allocates it."""
     problem, (_, keep_grad, n_coefs) = _taken_apart(arguments)
-    logits, shape = problem.logits, problem.target.shape
+    logits, shape = problem.logits, problem.inputs.sample_shape
     loss = logits.new_empty(shape if RULES[problem.reduction].per_sample else (), dtype=arithmetic_dtype(logits))
     grad = torch.empty_like(logits) if keep_grad else logits.new_empty(0)
     coefs = loss.new_empty((*shape, n_coefs) if n_coefs > 0 else 0)
@@ -163,19 +164,27 @@ class Problems(NamedTuple):
         """None if the batch is none of such."""
         problem, _ = _taken_apart(batch.arguments)
         others_differ = any(axis is not None for axis in batch.axes[2:N_ARGUMENTS])
-        two_denominators = RULES[problem.reduction].focal_by_count and problem.weight is not None
+        weighs = problem.weight is not None and not problem.target.is_floating_point()
+        two_denominators = RULES[problem.reduction].focal_by_count and weighs
         is_other = others_differ or two_denominators or problem.normalizer is not None
         return None if is_other else cls(batch.leading(0), batch.leading(1), problem)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Problems and their samples."""
+        return self.logits.select(1 + class_axis(self.logits.shape[1:]), 0).shape
+
     def samples(self) -> Problem:
         """All samples as those of one problem, which is not reduced."""
-        logits, target = (_flat(tensor, self.target.ndim) for tensor in self[:2])
+        logits, target = (_flat(tensor, len(self.shape)) for tensor in self[:2])
         return self.problem._replace(logits=logits, target=target, reduction="none")
 
     def denominators(self) -> Tensor | int:
         """What the sum of each problem's losses is divided by."""
         if not RULES[self.problem.reduction].is_mean:
             return 1
+        if self.target.is_floating_point():
+            return prod(self.shape[1:])
         target = _rows(self.target).long()
         kept = target != self.problem.ignore_index
         weight = self.problem.weight
@@ -189,14 +198,14 @@ class Problems(NamedTuple):
         """The loss of each problem."""
         losses: Tensor = _ops.forward(*self.samples(), check_target, False, 0)[0]
         if RULES[self.problem.reduction].per_sample:
-            return losses.view(self.target.shape)
-        return _rows(losses.view(self.target.shape)).sum(1) / self.denominators()
+            return losses.view(self.shape)
+        return _rows(losses.view(self.shape)).sum(1) / self.denominators()
 
     def gradients(self, upstream: Tensor) -> Tensor:
         """The gradient of the logits of each problem."""
         if not RULES[self.problem.reduction].per_sample:
-            upstream = _per_sample(upstream / self.denominators(), self.target)
-        gradient = _gradient(*self.samples(), _flat(upstream, self.target.ndim))
+            upstream = _per_sample(upstream / self.denominators(), self.shape)
+        gradient = _gradient(*self.samples(), _flat(upstream, len(self.shape)))
         return gradient.view(self.logits.shape)
 
 
@@ -231,7 +240,7 @@ def apply_upstream_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: 
     grad, upstream = batch.leading(0), batch.leading(1)
     link = grad.new_empty(0)
     of_samples = grad.select(1 + class_axis(grad.shape[1:]), 0)  # the shape that a target has
-    upstream = _per_sample(upstream, of_samples) if upstream.ndim == 1 else upstream
+    upstream = _per_sample(upstream, of_samples.shape) if upstream.ndim == 1 else upstream
     n_axes = of_samples.ndim
     scaled: Tensor = _ops.apply_upstream(_flat(grad, n_axes), _flat(upstream, n_axes), link)
     return scaled.view(grad.shape), 0
@@ -254,9 +263,9 @@ def _rows(of_samples: Tensor) -> Tensor:
     return of_samples.flatten(1) if of_samples.ndim > 1 else of_samples.unsqueeze(1)
 
 
-def _per_sample(of_problems: Tensor, like: Tensor) -> Tensor:
+def _per_sample(of_problems: Tensor, shape: torch.Size) -> Tensor:
     """A number for each problem, expanded over its samples."""
-    return of_problems.view(-1, *(1,) * (like.ndim - 1)).expand(like.shape)
+    return of_problems.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
 
 
 def _register() -> torch.library.Library:

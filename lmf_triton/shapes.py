@@ -11,6 +11,12 @@ def class_axis(shape: Sequence[int]) -> int:
     return min(len(shape) - 1, 1)
 
 
+def without_classes(shape: torch.Size) -> torch.Size:
+    """The shape of the samples."""
+    axis = class_axis(shape)
+    return shape[:axis] + shape[axis + 1 :]
+
+
 def has_own_dispatch(tensor: Tensor) -> bool:
     """Whether its type decides what becomes of each operator: a wrapper of other tensors, or without values."""
     default = torch._C._disabled_torch_dispatch_impl
@@ -30,3 +36,8 @@ def is_traced() -> bool:
 def arithmetic_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of the arithmetic and of the loss."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host may ask for values, and has float64."""
+    return tensor.is_cpu

@@ -1,9 +1,10 @@
-"""The loss by Triton kernels: allocation and launches. plain.py is its counterpart with the same three functions."""
+"""The loss by Triton kernels: allocation and launches. plain/ is its counterpart with the same functions."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -11,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks, reduction
-from ..options import Keep, LossOptions
+from ..options import Inputs, Keep, LossOptions, is_expectation
 from ..shapes import arithmetic_dtype
 from . import launch
-from .kernels import elementwise, index
-from .layout import Axes, axes
+from .kernels import elementwise, index, probabilities
+from .layout import Axes, axes, axes_without_classes
 from .rows import Coefs, Form, Summary
 
 # True under TRITON_INTERPRET=1: the kernels then run on CPU tensors.
@@ -32,16 +33,6 @@ H100 = launch.Device(132, (9, 0), TRITON_VERSION)
 N_COEFS = len(Coefs._fields)
 
 
-class Inputs(NamedTuple):
-    """What a loss is computed from."""
-
-    logits: Tensor
-    target: Tensor
-    margins: Tensor | None = None
-    weight: Tensor | None = None
-    normalizer: Tensor | None = None
-
-
 class Outputs(NamedTuple):
     """What ``forward_kernel`` writes."""
 
@@ -50,64 +41,78 @@ class Outputs(NamedTuple):
     grad: Tensor | None
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    options: LossOptions,
-    *,
-    keep: Keep,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The loss; and to keep for backward, the gradient, or the tensors from which :func:`backward` computes it.
+def n_coefs(inputs: Inputs, options: LossOptions) -> int:
+    """Numbers of each row that :func:`forward` keeps for :func:`backward`."""
+    return 0 if is_expectation(inputs, options) else N_COEFS
 
-    In four steps: plan, denominators, launch, sum of the parts.
-    """
-    checks.check_readable(logits=logits, target=target, margins=margins, weight=weight, normalizer=normalizer)
-    margins, weight = (t if t is None else t.contiguous() for t in (margins, weight))  # (C,): a copy costs nothing
-    inputs = Inputs(logits, target, margins, weight, normalizer)
-    if target.numel() == 0:
+
+def forward(inputs: Inputs, options: LossOptions, *, keep: Keep) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss; and to keep for backward, the gradient, or the tensors from which :func:`backward` computes it."""
+    checks.check_readable(**inputs._asdict())
+    inputs = _contiguous(inputs)
+    if math.prod(inputs.sample_shape) == 0:
         return _of_no_samples(inputs, options, keep)
-    grad = torch.empty_like(logits) if keep == "gradient" else None
-    plan = launch.plan_forward(
-        _axes(logits),
-        target.stride(),
-        None if grad is None else _axes(grad),
-        arithmetic_dtype(logits).itemsize,
-        out_per_row=options.rule.per_sample or keep == "coefs",
-        two_exponentials=options.needs_plain and options.needs_scaled,
-        device=_launch_device(logits.device),
-    )
-    with _device_of(logits):
-        totals = normalizer
-        if totals is None and options.rule.is_mean and plan.n_partials > 1:
-            totals = _totals(inputs, options)
-        loss = _empty_losses(inputs, options, plan.n_partials)
-        if plan.summarise is None:
-            coefs = _empty_coefs(inputs) if keep == "coefs" else None
-            _launch_forward(plan.forward, inputs, totals, None, Outputs(loss, coefs, grad), options)
-        else:  # the gradient, if wanted, comes from the coefficients
-            coefs = _empty_coefs(inputs)
-            summaries = _summaries(plan.summarise, inputs, options)
-            _launch_forward(plan.forward, inputs, totals, summaries, Outputs(loss, coefs, None), options)
-            if grad is not None:
-                _launch_backward(inputs, coefs, None, grad, options)
+    grad = torch.empty_like(inputs.logits) if keep == "gradient" else None
+    with _device_of(inputs.logits):
+        if is_expectation(inputs, options):
+            loss, coefs = _expectation(inputs, options, None, grad), None
+        else:
+            loss, coefs = _of_classes(inputs, options, keep, grad)
         if not options.rule.per_sample:
             loss = reduction.sum_of_parts(loss)
     return loss, _kept(keep, grad, inputs, coefs)
 
 
+def _of_classes(inputs: Inputs, options: LossOptions, keep: Keep, grad: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The loss, in parts, and the coefficients: by the kernels for class indices. Fills the gradient if given.
+
+    In three steps: plan, denominators, launch.
+    """
+    plan = launch.plan_forward(
+        _axes(inputs.logits),
+        inputs.target.stride(),
+        None if grad is None else _axes(grad),
+        arithmetic_dtype(inputs.logits).itemsize,
+        out_per_row=options.rule.per_sample or keep == "coefs",
+        two_exponentials=options.needs_plain and options.needs_scaled,
+        device=_launch_device(inputs.logits.device),
+    )
+    totals = inputs.normalizer
+    if totals is None and options.rule.is_mean and plan.n_partials > 1:
+        totals = _totals(inputs, options)
+    loss = _empty_losses(inputs, options, plan.n_partials)
+    if plan.summarise is None:
+        coefs = _empty_coefs(inputs) if keep == "coefs" else None
+        _launch_forward(plan.forward, inputs, totals, None, Outputs(loss, coefs, grad), options)
+        return loss, coefs
+    coefs = _empty_coefs(inputs)  # from which the gradient comes, if it is wanted
+    summaries = _summaries(plan.summarise, inputs, options)
+    _launch_forward(plan.forward, inputs, totals, summaries, Outputs(loss, coefs, None), options)
+    if grad is not None:
+        _launch_backward(inputs, coefs, None, grad, options)
+    return loss, coefs
+
+
 def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
     """The gradient of the logits, from what :func:`forward` kept as "coefs"."""
-    logits, target, *_, coefs = kept
-    assert logits is not None and target is not None and coefs is not None
+    *tensors, coefs = kept
+    inputs = _contiguous(Inputs(*cast(list[Tensor], tensors)))
     checks.check_readable(upstream=upstream)
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(inputs.logits)
     if grad.numel() > 0:
-        with _device_of(logits):
-            _launch_backward(Inputs(logits, target), coefs, upstream, grad, options)
+        with _device_of(inputs.logits):
+            if is_expectation(inputs, options):
+                _expectation(inputs, options, upstream, grad, with_loss=False)
+            else:
+                assert coefs is not None
+                _launch_backward(inputs, coefs, upstream, grad, options)
     return grad
+
+
+def _contiguous(inputs: Inputs) -> Inputs:
+    """With what there is of each class side by side: a copy of so little costs nothing."""
+    margins, weight, adjustment = (t if t is None else t.contiguous() for t in inputs[2:5])
+    return inputs._replace(margins=margins, weight=weight, logit_adjustment=adjustment)
 
 
 def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
@@ -161,6 +166,62 @@ def _totals(inputs: Inputs, options: LossOptions) -> Tensor:
     return totals[0] if len(totals) == 1 else totals.sum(0)
 
 
+def _expectation(
+    inputs: Inputs, options: LossOptions, upstream: Tensor | None, grad: Tensor | None, *, with_loss: bool = True
+) -> Tensor:
+    """The loss, in parts, where several classes have a share. Fills the gradient, times ``upstream``, if given."""
+    logits, target = inputs.logits, inputs.target
+    per_sample, n_axes = options.rule.per_sample, len(inputs.sample_shape)
+    plan = launch.plan_expectation(
+        _axes(logits),
+        _axes(target) if inputs.has_probabilities else axes_without_classes(target.shape, target.stride()),
+        (0,) * n_axes if upstream is None or upstream.ndim != n_axes else upstream.stride(),
+        None if grad is None else _axes(grad),
+        arithmetic_dtype(logits).itemsize,
+        has_probabilities=inputs.has_probabilities,
+        out_per_row=per_sample and with_loss,
+        n_softmaxes=int(options.needs_plain) + int(options.needs_scaled),
+        device=_launch_device(logits.device),
+    )
+    n_partials = plan.n_programs * len(plan.offsets)
+    totals = inputs.normalizer
+    if totals is None and options.rule.is_mean and n_partials > 1 and not inputs.has_probabilities:
+        totals = _totals(inputs, options)
+    loss = _empty_losses(inputs, options, n_partials)
+    kept, spread = 1 - options.label_smoothing, options.label_smoothing / _axes(logits).n_classes
+    numbers = options.alpha, options.beta, options.gamma, options.scale, kept, spread
+    logits_strides, target_strides, upstream_strides, out_strides, grad_strides = plan.strides
+    for i, (logits_at, target_at, upstream_at, out_at, grad_at) in enumerate(plan.offsets):
+        _launch(
+            probabilities.expectation_kernel,
+            plan,
+            _from(logits, logits_at),
+            *logits_strides,
+            _from(target, target_at),
+            *target_strides,
+            *(() if inputs.has_probabilities else (0,)),
+            inputs.margins,
+            inputs.weight,
+            inputs.logit_adjustment,
+            totals,
+            _from(upstream, upstream_at),
+            *upstream_strides,
+            _from(loss, out_at if per_sample else i * plan.n_programs) if with_loss else None,
+            *out_strides,
+            _from(grad, grad_at),
+            *grad_strides,
+            *_float_arguments(numbers, loss.dtype),
+            options.ignore_index,
+            plan.n_items,
+            plan.n_rows,
+            plan.n_classes,
+            FORM=_form(options),
+            RULE=options.rule.with_totals(inputs.normalizer),
+            N_TOTALS=1 if totals is None else totals.numel() // 2,
+        )
+    return loss
+
+
 def _summaries(plan: launch.Plan, inputs: Inputs, options: LossOptions) -> Tensor:
     """``(3, rows, parts)``: the summary of each part of each row, for one group of rows."""
     (_, *logits_strides), (_, target_stride), *_ = plan.strides
@@ -173,6 +234,7 @@ def _summaries(plan: launch.Plan, inputs: Inputs, options: LossOptions) -> Tenso
         *logits_strides,
         inputs.target,
         target_stride,
+        _adjustment_of_x(inputs, options),
         summaries,
         *_float_arguments((options.scale,), dtype),
         options.ignore_index,
@@ -193,7 +255,7 @@ def _launch_forward(
     options: LossOptions,
 ) -> None:
     logits_strides, target_strides, out_strides, grad_strides = plan.strides
-    per_sample = options.rule.per_sample
+    per_sample, adjustment = options.rule.per_sample, _adjustment_of_x(inputs, options)
     for i, (logits_at, target_at, out_at, grad_at) in enumerate(plan.offsets):
         _launch(
             index.forward_kernel,
@@ -204,6 +266,7 @@ def _launch_forward(
             *target_strides,
             inputs.margins,
             inputs.weight,
+            adjustment,
             totals,
             summaries,
             _from(outputs.loss, out_at if per_sample else i * plan.n_programs),
@@ -227,6 +290,7 @@ def _launch_backward(
 ) -> None:
     """Write the gradient of the logits, times ``upstream`` if given."""
     logits, target = inputs.logits, inputs.target
+    adjustment = _adjustment_of_x(inputs, options)
     plan = launch.plan_backward(
         _axes(logits),
         target.stride(),
@@ -244,6 +308,7 @@ def _launch_backward(
             *logits_strides,
             _from(target, target_at),
             *target_strides,
+            adjustment,
             _from(coefs, coefs_at),
             *coefs_strides,
             _from(upstream, upstream_at),
@@ -258,6 +323,13 @@ def _launch_backward(
         )
 
 
+def _adjustment_of_x(inputs: Inputs, options: LossOptions) -> Tensor | None:
+    """What is added to x where the loss has one softmax: also to make scale * x + adjustment."""
+    if inputs.logit_adjustment is None or options.needs_plain:
+        return inputs.logit_adjustment
+    return inputs.logit_adjustment.to(arithmetic_dtype(inputs.logits)) / options.scale
+
+
 def _launch(kernel: Any, plan: launch.Plan, *arguments: Any, **constexprs: Any) -> None:
     kernel[(plan.n_programs,)](*arguments, **constexprs, **plan.meta, **COMPILER_OPTIONS)
 
@@ -266,7 +338,8 @@ def _of_no_samples(inputs: Inputs, options: LossOptions, keep: Keep) -> tuple[Te
     """Loss and gradient of an empty batch."""
     loss = _empty_losses(inputs, options, 1)
     loss.fill_(reduction.of_no_samples(options.rule.with_totals(inputs.normalizer)))
-    return loss, _kept(keep, torch.empty_like(inputs.logits), inputs, _empty_coefs(inputs))
+    coefs = None if is_expectation(inputs, options) else _empty_coefs(inputs)
+    return loss, _kept(keep, torch.empty_like(inputs.logits), inputs, coefs)
 
 
 def _kept(keep: Keep, grad: Tensor | None, inputs: Inputs, coefs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -277,7 +350,7 @@ def _kept(keep: Keep, grad: Tensor | None, inputs: Inputs, coefs: Tensor | None)
 
 def _empty_losses(inputs: Inputs, options: LossOptions, n_partials: int) -> Tensor:
     """A place for the loss of each sample, or for each program's part of their sum."""
-    shape = inputs.target.shape if options.rule.per_sample else () if n_partials == 1 else (n_partials,)
+    shape = inputs.sample_shape if options.rule.per_sample else () if n_partials == 1 else (n_partials,)
     return inputs.logits.new_empty(shape, dtype=arithmetic_dtype(inputs.logits))
 
 

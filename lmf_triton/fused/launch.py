@@ -53,6 +53,11 @@ UNROLLED_ELEMENTS, MAX_UNROLLED_ROWS = 5120, 512
 STRIDED_ROWS, MIN_STRIDED_ROWS = 64, 16
 STRIDED_ELEMENTS = 16384
 STRIDED_WARP_ELEMENTS = 1280
+# Of an element expectation_kernel has for each softmax logit, share, slope and what these are computed from, as if it
+# had so many bytes: a thread takes 8 elements where it has 32 of the other kernels, and 16 at most. In float64, whose
+# logarithms take many registers, it counts as four; by bytes of the arithmetic type.
+EXPECTATION_BYTES = 16
+EXPECTATION_SIZE = {4: 1, 8: 4}
 # A batch whose tile is at most this big, 16 elements a thread of 4 warps, is one program: its means need no pass over
 # the targets beforehand.
 MAX_SINGLE_PROGRAM_TILE = 2048
@@ -141,12 +146,66 @@ def forward_config(
     return config if n_parts == 1 else replace(part, class_parts=n_parts)
 
 
+def expectation_config(
+    n_groups: int,
+    n_rows: int,
+    n_classes: int,
+    itemsize: int,
+    device: Device,
+    *,
+    class_contiguous: bool = True,
+    n_softmaxes: int = 1,
+) -> LaunchConfig:
+    """Block of ``expectation_kernel``, as :func:`forward_config`, for elements that have more to keep.
+
+    Few long rows are looped over like many.
+    """
+    all_rows, padded = _next_power_of_2(n_rows), _next_power_of_2(n_classes)
+    size = n_softmaxes * EXPECTATION_SIZE[itemsize]
+    if n_groups == 1 and all_rows * padded * size <= MAX_SINGLE_PROGRAM_TILE:
+        return LaunchConfig(all_rows, padded, _warps(all_rows * padded, size * EXPECTATION_BYTES))
+    if not class_contiguous:
+        return _strided_expectation(all_rows, n_classes, size)
+    if n_classes <= MAX_SHORT_CLASSES:
+        max_rows, n_bytes = MAX_SHORT_ROWS // 4 // size, size * EXPECTATION_BYTES
+        return _short_rows(n_groups, n_rows, n_classes, n_bytes, max_rows, device.n_multiprocessors)
+    return _one_expectation_row(n_classes, size, device.max_ctas)
+
+
+def _strided_expectation(all_rows: int, n_classes: int, size: int) -> LaunchConfig:
+    """Several rows along memory."""
+    if n_classes * size <= MAX_UNROLLED_CLASSES:
+        rows = max(MIN_SHARED_WARPS * 32, _power_of_2_below(UNROLLED_ELEMENTS // 2 // size // n_classes))
+        return LaunchConfig(min(all_rows, rows, MAX_UNROLLED_ROWS), n_classes, MIN_SHARED_WARPS, n_classes)
+    padded, elements = _next_power_of_2(n_classes), STRIDED_ELEMENTS // 4 // size
+    rows = min(all_rows, STRIDED_ROWS, max(MIN_STRIDED_ROWS, elements // padded))
+    classes = min(n_classes, max(1, elements // rows))  # of one step, if there are more
+    wanted_warps = _next_power_of_2(cdiv(4 * rows * classes * size, STRIDED_WARP_ELEMENTS))
+    num_warps = min(MAX_WARPS, max(MIN_SHARED_WARPS, wanted_warps))
+    tile = min(_power_of_2_below(classes), max(1, 32 * num_warps // rows))
+    n_tiles = cdiv(classes, tile)
+    return LaunchConfig(rows, n_tiles * tile, num_warps, n_tiles)
+
+
+def _one_expectation_row(n_classes: int, size: int, max_ctas: int) -> LaunchConfig:
+    """One row, classes along memory: in the registers of one multiprocessor, in those of a cluster, or looped over."""
+    padded = _next_power_of_2(n_classes)
+    cta_classes = MAX_CTA_CLASSES[4] // 4 // size
+    if padded > cta_classes * max_ctas:
+        return LaunchConfig(1, cta_classes // 2, MAX_WARPS)  # lanes keep their sums beside: with as many, some spill
+    num_ctas = min(max_ctas, max(1, 2 * padded // cta_classes))
+    num_warps = _warps(padded // num_ctas, size * EXPECTATION_BYTES)
+    tile = min(padded, max(padded // 4, WARP_TILE_CLASSES * num_warps * num_ctas))
+    n_tiles = cdiv(n_classes, tile)
+    return LaunchConfig(1, n_tiles * tile, num_warps, n_tiles, num_ctas)
+
+
 def _short_rows(
     n_groups: int, n_rows: int, n_classes: int, itemsize: int, max_rows: int, n_multiprocessors: int
 ) -> LaunchConfig:
     """Several rows, classes along memory."""
     padded = _next_power_of_2(n_classes)
-    most_rows = min(max_rows, SHORT_ROWS_ELEMENTS * 4 // itemsize // padded)
+    most_rows = max(1, min(max_rows, SHORT_ROWS_ELEMENTS * 4 // itemsize // padded))
     tile = min(padded, max(SECTOR_CLASSES, WARP_TILE_CLASSES * MIN_SHARED_WARPS // most_rows))
     n_tiles = cdiv(n_classes, tile)
     fair_rows = _next_power_of_2(cdiv(n_groups * n_rows, n_multiprocessors))  # with more, some would have none
@@ -313,6 +372,56 @@ def plan_forward(
     blocks = {"CLASS_TILES": config.class_tiles, "CLASS_BLOCKS": cdiv(class_blocks, parts)}
     summarise = plan(config, parts * n_programs, **blocks)
     return ForwardPlan(replace(forward, n_items=parts), replace(summarise, n_items=parts))
+
+
+@lru_cache(maxsize=4096)
+def plan_expectation(
+    logits: Axes,
+    target: Axes,
+    upstream_strides: tuple[int, ...],
+    grad: Axes | None,
+    itemsize: int,
+    *,
+    has_probabilities: bool,
+    out_per_row: bool,
+    n_softmaxes: int,
+    device: Device,
+) -> Plan:
+    """``expectation_kernel``; tensors are logits, target, upstream gradient, output and gradient.
+
+    ``target`` has classes only with ``has_probabilities``. The output is contiguous: losses of each row, or otherwise
+    partial sums, which have no strides for the rows.
+    """
+    grad = grad or logits
+    n_classes = logits.n_classes
+    out_strides = contiguous_strides(logits.row_shape) if out_per_row else logits.row_strides
+    layout = row_layout(
+        logits.row_shape, logits.row_strides, target.row_strides, upstream_strides, out_strides, grad.row_strides
+    )
+    target_stride_class = target.stride_class if has_probabilities else None
+    class_strides = logits.stride_class, target_stride_class, None, None, grad.stride_class
+    config = expectation_config(
+        layout.n_groups,
+        layout.n_rows,
+        n_classes,
+        itemsize,
+        device,
+        class_contiguous=logits.stride_class == 1,
+        n_softmaxes=n_softmaxes,
+    )
+    class_blocks = cdiv(n_classes, config.block_classes)
+    plan = _plan(
+        layout,
+        class_strides,
+        n_classes,
+        config,
+        config.n_programs(layout.n_groups, layout.n_rows),
+        ONE_GROUP=layout.n_groups == 1,
+        CLASS_TILES=config.class_tiles,
+        WHOLE_TILES=n_classes // (config.block_classes // config.class_tiles) if class_blocks == 1 else 0,
+        CLASS_BLOCKS=class_blocks,
+    )
+    return replace(plan, n_items=layout.n_groups * layout.n_rows * len(layout.offsets))
 
 
 @lru_cache(maxsize=4096)

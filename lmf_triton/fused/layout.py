@@ -22,6 +22,11 @@ def axes(shape: tuple[int, ...], strides: tuple[int, ...]) -> Axes:
     return Axes(shape[i], strides[i], shape[:i] + shape[i + 1 :], strides[:i] + strides[i + 1 :])
 
 
+def axes_without_classes(shape: tuple[int, ...], strides: tuple[int, ...]) -> Axes:
+    """A tensor of the samples' shape, as if all classes of a sample were one element."""
+    return Axes(1, 0, shape, strides)
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """The samples of some tensors of one shape as ``n_groups`` groups of ``n_rows`` rows each, in every launch.

@@ -85,17 +85,30 @@ def load_rows(
     block, target_ptr, stride_group, stride_row, n_rows, n_classes, ignore_index,
     ONE_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):  # fmt: skip
-    """The rows of a block, where blocks are counted through one group after the other."""
+    """The rows of a block, with their targets."""
+    group, first, exists = place_rows(block, n_rows, ONE_GROUP, BLOCK_ROWS)
+    target_ptrs = row_ptrs(target_ptr, group, first, stride_group, stride_row, BLOCK_ROWS)
+    target, kept, out_of_range = load_target(target_ptrs, exists, n_classes, ignore_index)
+    return Rows(group, first, exists, target, kept, out_of_range)
+
+
+@triton.jit
+def place_rows(block, n_rows, ONE_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Group, first row and existing rows of a block, where blocks are counted through one group after the other."""
     group = tl.zeros([], tl.int64)
     if not ONE_GROUP:
         row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
         group += block // row_blocks
         block = block % row_blocks
     first = block.to(tl.int64) * BLOCK_ROWS
-    exists = tl.arange(0, BLOCK_ROWS) < tl.minimum(n_rows - first, BLOCK_ROWS).to(tl.int32)
-    target_ptrs = row_ptrs(target_ptr, group, first, stride_group, stride_row, BLOCK_ROWS)
-    target, kept, out_of_range = load_target(target_ptrs, exists, n_classes, ignore_index)
-    return Rows(group, first, exists, target, kept, out_of_range)
+    return group, first, tl.arange(0, BLOCK_ROWS) < tl.minimum(n_rows - first, BLOCK_ROWS).to(tl.int32)
+
+
+@triton.jit
+def rows_of_probabilities(block, n_rows, ONE_GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The rows of a block, all of which take part in the loss, and none as one class."""
+    group, first, exists = place_rows(block, n_rows, ONE_GROUP, BLOCK_ROWS)
+    return Rows(group, first, exists, tl.full([BLOCK_ROWS], -1, tl.int32), exists, tl.zeros([BLOCK_ROWS], tl.int1))
 
 
 @triton.jit
@@ -154,7 +167,7 @@ def tile_mask(exists, offs_c, n_classes):
 
 @triton.jit
 def load_block(
-    row_ptrs, first_class, stride_class, rows, n_classes, dtype: tl.constexpr,
+    row_ptrs, first_class, stride_class, adjustment_ptr, rows, n_classes, dtype: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, WHOLE_TILES: tl.constexpr, VECTOR: tl.constexpr,
     EVICTION: tl.constexpr
 ):  # fmt: skip
@@ -172,8 +185,30 @@ def load_block(
         loaded = loaded + (x,)
     others = ()
     for i in tl.static_range(CLASS_TILES):
-        others = others + (without_target(loaded[i].to(dtype), rows, first_class + i * TILE, VECTOR),)
+        x = loaded[i].to(dtype)
+        if adjustment_ptr is not None:
+            offs_c = first_class + i * TILE + tl.arange(0, TILE)
+            x += load_per_class(adjustment_ptr, offs_c, n_classes, 0.0, dtype)
+        others = others + (without_target(x, rows, first_class + i * TILE, VECTOR),)
     return others
+
+
+@triton.jit
+def load_per_class(ptr, offs_c, n_classes, default, dtype: tl.constexpr):
+    """A number for each class of a tile, the same in all rows."""
+    if ptr is None:
+        return tl.full([1, offs_c.shape[0]], default, dtype)
+    else:
+        return tl.load(ptr + offs_c, mask=offs_c < n_classes, other=default).to(dtype)[None, :]
+
+
+@triton.jit
+def load_target_logit(row_ptrs, stride_class, adjustment_ptr, rows, dtype: tl.constexpr):
+    """The logit of each row's target, 0 where it takes no part."""
+    x_y = tl.load(row_ptrs + rows.target.to(tl.int64) * stride_class, mask=rows.kept, other=0.0).to(dtype)
+    if adjustment_ptr is not None:
+        x_y += tl.load(adjustment_ptr + rows.target, mask=rows.kept, other=0.0).to(dtype)
+    return x_y
 
 
 @triton.constexpr_function
@@ -227,8 +262,9 @@ def summarise_block(others, FORM: tl.constexpr):
 
 @triton.jit
 def summarise_loop(
-    row_ptrs, stride_class, first_block, rows, n_classes, scale, dtype: tl.constexpr, FORM: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, CLASS_BLOCKS: tl.constexpr, VECTOR: tl.constexpr
+    row_ptrs, stride_class, adjustment_ptr, first_block, rows, n_classes, scale, dtype: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_CLASSES: tl.constexpr, CLASS_TILES: tl.constexpr, CLASS_BLOCKS: tl.constexpr,
+    VECTOR: tl.constexpr
 ):  # fmt: skip
     """The summary of each lane: of what passes through it of CLASS_BLOCKS blocks.
 
@@ -243,8 +279,8 @@ def summarise_loop(
     for block in range(CLASS_BLOCKS):
         # They are read once more, for the gradient.
         others = load_block(
-            row_ptrs, (first_block + block) * BLOCK_CLASSES, stride_class, rows, n_classes, dtype, BLOCK_CLASSES,
-            CLASS_TILES, WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_last",
+            row_ptrs, (first_block + block) * BLOCK_CLASSES, stride_class, adjustment_ptr, rows, n_classes, dtype,
+            BLOCK_CLASSES, CLASS_TILES, WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_last",
         )  # fmt: skip
         lanes = add_block(lanes, others, scale, FORM, [BLOCK_ROWS, LANES, PER_LANE])
     return Summary((lanes.max,), (lanes.plain,), (lanes.scaled,))
@@ -424,6 +460,15 @@ def load_denominators(totals_ptr, weight, kept, N_TOTALS: tl.constexpr, RULE: tl
         weight_total = tl.where(some_kept, weight_total, 1.0)
         count = tl.where(some_kept, count, 1.0)
     return Denominators(weight_total, count if RULE.focal_by_count else weight_total)
+
+
+@triton.jit
+def denominators_of_samples(n_samples, dtype: tl.constexpr, RULE: tl.constexpr):
+    """The same where every sample takes part and none has a weight of its own."""
+    count = tl.full([], 1.0, dtype)
+    if RULE.is_mean:
+        count *= n_samples
+    return Denominators(count, count)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from ..rows import (
     load_denominators,
     load_rows,
     load_summaries,
+    load_target_logit,
     load_weight,
     of_kept,
     ptrs_of,
@@ -53,6 +54,7 @@ from ..rows import (
 def summarise_kernel(
     logits_ptr, logits_stride_row, logits_stride_class,  # (row, class)
     target_ptr, target_stride_row,  # (row), any integer type
+    adjustment_ptr,  # (class) or None: added to the logits
     summaries_ptr,  # (3, row, part): the fields of a Summary
     scale,
     ignore_index,
@@ -74,8 +76,8 @@ def summarise_kernel(
     rows = load_rows(block, target_ptr, 0, target_stride_row, n_rows, n_classes, ignore_index, True, BLOCK_ROWS)
     row_ptrs = ptrs_of(rows, logits_ptr, 0, logits_stride_row, ALIGN)
     lanes = summarise_loop(
-        row_ptrs, logits_stride_class, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES,
-        CLASS_TILES, CLASS_BLOCKS, vector_of(logits_ptr, ALIGN),
+        row_ptrs, logits_stride_class, adjustment_ptr, part * CLASS_BLOCKS, rows, n_classes, scale, dtype, FORM,
+        BLOCK_CLASSES, CLASS_TILES, CLASS_BLOCKS, vector_of(logits_ptr, ALIGN),
     )  # fmt: skip
     summary = of_kept(combine(lanes, scale, FORM), rows.kept)
     store_summary(summaries_ptr, summary, part, rows, n_rows, n_parts)
@@ -87,6 +89,7 @@ def forward_kernel(
     target_ptr, target_stride_group, target_stride_row,  # (group, row), any integer type
     margins_ptr,  # (class) or None
     weight_ptr,  # (class) or None
+    adjustment_ptr,  # (class) or None: added to the logits
     totals_ptr,  # (2, N_TOTALS) from totals_kernel, or given; None: no mean, or this one tile holds all rows
     summaries_ptr,  # (3, row, part) from summarise_kernel, in the one tile that combines them; or None
     loss_ptr,  # (group, row) if nothing is reduced, otherwise (program): the sum of its rows
@@ -121,21 +124,21 @@ def forward_kernel(
         BLOCK_ROWS,
     )  # fmt: skip
     row_ptrs = ptrs_of(rows, logits_ptr, logits_stride_group, logits_stride_row, ALIGN)
-    x_y = tl.load(row_ptrs + rows.target.to(tl.int64) * logits_stride_class, mask=rows.kept, other=0.0).to(dtype)
+    x_y = load_target_logit(row_ptrs, logits_stride_class, adjustment_ptr, rows, dtype)
 
     # Summarise.
     if summaries_ptr is not None:
         parts = load_summaries(summaries_ptr, rows, n_rows, n_parts, BLOCK_CLASSES)
     elif CLASS_BLOCKS == 1:
         others = load_block(
-            row_ptrs, 0, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES, WHOLE_TILES,
-            VECTOR, EVICTION="",
+            row_ptrs, 0, logits_stride_class, adjustment_ptr, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES,
+            WHOLE_TILES, VECTOR, EVICTION="",
         )  # fmt: skip
         parts = summarise_block(others, FORM)
     else:
         parts = summarise_loop(
-            row_ptrs, logits_stride_class, 0, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES, CLASS_TILES,
-            CLASS_BLOCKS, VECTOR,
+            row_ptrs, logits_stride_class, adjustment_ptr, 0, rows, n_classes, scale, dtype, FORM, BLOCK_CLASSES,
+            CLASS_TILES, CLASS_BLOCKS, VECTOR,
         )  # fmt: skip
 
     # Combine.
@@ -169,8 +172,8 @@ def forward_kernel(
             for block in range(CLASS_BLOCKS):
                 first_class = (CLASS_BLOCKS - 1 - block) * BLOCK_CLASSES
                 again = load_block(
-                    row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES,
-                    WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_first",
+                    row_ptrs, first_class, logits_stride_class, adjustment_ptr, rows, n_classes, dtype, BLOCK_CLASSES,
+                    CLASS_TILES, WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="evict_first",
                 )  # fmt: skip
                 store_gradient(
                     grad_rows, first_class, grad_stride_class, rows, n_classes, again, coefs, scale, FORM,
@@ -182,6 +185,7 @@ def forward_kernel(
 def backward_kernel(
     logits_ptr, logits_stride_group, logits_stride_row, logits_stride_class,  # (group, row, class)
     target_ptr, target_stride_group, target_stride_row,  # (group, row), any integer type
+    adjustment_ptr,  # (class) or None: added to the logits
     coefs_ptr, coefs_stride_group, coefs_stride_row,  # (group, row, N_COEFS) from forward_kernel
     upstream_ptr, upstream_stride_group, upstream_stride_row,  # (group, row), strides 0 for a scalar; or None for 1
     grad_ptr, grad_stride_group, grad_stride_row, grad_stride_class,  # (group, row, class)
@@ -216,8 +220,8 @@ def backward_kernel(
 
     row_ptrs = ptrs_of(rows, logits_ptr, logits_stride_group, logits_stride_row, ALIGN)
     others = load_block(
-        row_ptrs, first_class, logits_stride_class, rows, n_classes, dtype, BLOCK_CLASSES, CLASS_TILES=1, WHOLE_TILES=0,
-        VECTOR=VECTOR, EVICTION="",
+        row_ptrs, first_class, logits_stride_class, adjustment_ptr, rows, n_classes, dtype, BLOCK_CLASSES,
+        CLASS_TILES=1, WHOLE_TILES=0, VECTOR=VECTOR, EVICTION="",
     )  # fmt: skip
     grad_rows = ptrs_of(rows, grad_ptr, grad_stride_group, grad_stride_row, ALIGN)
     store_gradient(

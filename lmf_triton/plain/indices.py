@@ -1,44 +1,32 @@
-"""The loss in plain PyTorch operations: the same contract as the kernels, the gradient in closed form too.
+"""The loss of class indices in plain PyTorch.
 
-fused/backend.py is its counterpart with the same three functions. On the CPU values decide which way is the fastest;
-on any other device nobody asks for a value, since the host would wait for it, and no float64 is used but for float64
-logits, since there may be none.
+On the CPU values decide which way is the fastest; off it all samples go the one way that reads none.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, reduction
-from .options import Keep, LossOptions
-from .reduction import Number, Pair
-from .shapes import arithmetic_dtype, class_axis
+from .. import reduction, shapes
+from ..options import Inputs, LossOptions
+from ..reduction import Number, Pair
+from ..shapes import arithmetic_dtype, class_axis
+from .targets import of_classes, scale_rows, share, targets_on_device, targets_on_host
+from .terms import LOG2_E, MAX_MARGIN, MIN_ODDS, focal_by_gap, focal_by_odds, ldam_by_gap, ldam_by_odds
 
 # Logits are worked through in pieces of about this many elements, which bounds the memory for widened half logits. On
 # two cores of an AMD EPYC (torch 2.15) smaller pieces lose more to the overhead of small operations than they gain in
 # the caches, and larger ones gain nothing.
 CHUNK_ELEMENTS = 1 << 22
 
-# Odds against the target from this to its reciprocal are computed from exponentials, of which none that matters is
-# then near float32's smallest. Margins of this size at most leave them finite.
-MIN_ODDS = 1e-30
-MAX_MARGIN = 16
 FEW_CLASSES = 16  # up to here Python's look at each margin takes less time than PyTorch's at the extremes
 
 # From this many classes on, where they lie side by side, PyTorch's softmax is faster than its parts one by one: on the
 # same machine by a fifth at 1000 classes, while at 8 it takes five times as long.
 SOFTMAX_CLASSES = 32
-
-LOG2_E = math.log2(math.e)  # PyTorch takes exp2 in a third of exp's time, or less
-
-N_COEFS = 0  # numbers of a sample that are kept for backward
-
-BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in fused/math.py
 
 
 class _Settings(NamedTuple):
@@ -47,18 +35,10 @@ class _Settings(NamedTuple):
     options: LossOptions
     denominators: Pair
     margins: Tensor | None
+    adjustment: Tensor | None  # of the logits, along their axis 1
     on_host: bool
     use_odds: bool
     with_grad: bool
-
-
-class _Targets(NamedTuple):
-    """The targets of all samples, with what follows from them."""
-
-    classes: Tensor  # int64, and 0 for samples without
-    ignored: Tensor | None
-    weights: Tensor | None  # 0 for ignored samples, NaN for those whose target is no class
-    denominators: Pair
 
 
 class _Samples(NamedTuple):
@@ -66,7 +46,7 @@ class _Samples(NamedTuple):
 
     logits: Tensor
     grad: Tensor | None  # to be filled
-    classes: Tensor  # as in _Targets
+    classes: Tensor  # as in Targets
     ignored: Tensor | None
     weights: Tensor | None
     upstream: Tensor | None
@@ -96,68 +76,21 @@ _Terms = tuple[_Term | None, _Term | None]  # LDAM and focal loss, None for one 
 _Losses = tuple[Tensor | None, Tensor | None]
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    options: LossOptions,
-    *,
-    keep: Keep,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The loss; and to keep for backward, the gradient, or the arguments from which :func:`backward` computes it."""
-    grad = torch.empty_like(logits) if keep == "gradient" else None
-    loss = _evaluate(logits, target, margins, weight, normalizer, options, grad)
-    if keep == "coefs":
-        return loss, (logits, target, margins, weight, normalizer, None)
-    return loss, () if grad is None else (grad,)
-
-
-def backward(kept: Sequence[Tensor | None], upstream: Tensor, options: LossOptions) -> Tensor:
-    """The gradient of the logits, computed anew from the loss's own arguments."""
-    logits, target, margins, weight, normalizer, _ = kept
-    assert logits is not None and target is not None
-    grad = torch.empty_like(logits)
-    _evaluate(logits, target, margins, weight, normalizer, options, grad, upstream)
-    return grad
-
-
-def apply_upstream(grad: Tensor, upstream: Tensor, *, in_place: bool) -> Tensor:
-    """``upstream * grad``, rounded once; in place, nothing is done when every upstream gradient is exactly 1."""
-    on_host = _on_host(grad)
-    if upstream.ndim > 0:
-        upstream = upstream.unsqueeze(1)
-    if on_host and in_place and (float(upstream) == 1 if upstream.ndim == 0 else bool((upstream == 1).all())):
-        return grad
-    scaled = grad.to(upstream.dtype) * upstream
-    if not (on_host and bool(upstream.isfinite().all())):
-        scaled.masked_fill_(grad == 0, 0)  # which it stays, as an ignored sample's
-    return grad.copy_(scaled) if in_place else scaled.to(grad.dtype)
-
-
-def _evaluate(
-    logits: Tensor,
-    target: Tensor,
-    margins: Tensor | None,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    options: LossOptions,
-    grad: Tensor | None,
-    upstream: Tensor | None = None,
-) -> Tensor:
+def evaluate(inputs: Inputs, options: LossOptions, grad: Tensor | None, upstream: Tensor | None = None) -> Tensor:
     """The reduced loss; fills ``grad`` with its gradient, times ``upstream`` if given."""
-    dtype, on_host = arithmetic_dtype(logits), _on_host(logits)
+    logits, target, *per_class, normalizer = inputs
+    dtype, on_host = arithmetic_dtype(logits), shapes.on_host(logits)
     n_classes = logits.shape[class_axis(logits.shape)]
-    margins = None if margins is None else margins.to(dtype)
-    weight = None if weight is None else weight.to(dtype)
+    margins, weight, adjustment = [None if tensor is None else tensor.to(dtype) for tensor in per_class]
+    if adjustment is not None:
+        adjustment = _as_of_logits(adjustment, logits.ndim, options)
     if on_host:
-        targets = _targets_on_host(target, n_classes, weight, normalizer, options)
+        targets = targets_on_host(target, n_classes, weight, normalizer, options)
     else:
-        targets = _targets_on_device(target, n_classes, weight, normalizer, options, dtype)
+        targets = targets_on_device(target, n_classes, weight, normalizer, options, dtype)
     classes, ignored, weights, denominators = targets
     use_odds = on_host and _odds_may_be_used(options, margins)
-    settings = _Settings(options, denominators, margins, on_host, use_odds, with_grad=grad is not None)
+    settings = _Settings(options, denominators, margins, adjustment, on_host, use_odds, with_grad=grad is not None)
 
     upstream = None if upstream is None else upstream.expand(target.shape)
     samples = _Samples(logits, grad, classes, ignored, weights, upstream)
@@ -175,51 +108,11 @@ def _evaluate(
     return loss.to(dtype) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=dtype, device=logits.device)
 
 
-def _on_host(tensor: Tensor) -> bool:
-    """Whether the host may ask for values, and has float64."""
-    return tensor.is_cpu
-
-
-def _targets_on_host(
-    target: Tensor, n_classes: int, weight: Tensor | None, normalizer: Tensor | None, options: LossOptions
-) -> _Targets:
-    """An IndexError for a target that is no class; and no more work than these targets need."""
-    classes = target.long()
-    low, high = checks.check_target(classes, n_classes, options.ignore_index)
-    ignored = classes == options.ignore_index if low <= options.ignore_index <= high else None
-    if ignored is not None:
-        classes = classes.masked_fill(ignored, 0)
-    weights = None if weight is None else _scale_rows(_of_classes(weight, classes), ignored)
-    denominators = reduction.denominators(options.rule, target.numel(), ignored, weights, normalizer, on_host=True)
-    return _Targets(classes, ignored, weights, denominators)
-
-
-def _targets_on_device(
-    target: Tensor,
-    n_classes: int,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    options: LossOptions,
-    dtype: torch.dtype,
-) -> _Targets:
-    """As the kernels have it: a target that is no class makes its sample NaN, and has no say in a denominator."""
-    classes = target.long()
-    ignored = classes == options.ignore_index
-    is_class = (classes >= 0) & (classes < n_classes)
-    left_out = ~is_class | ignored
-    classes = classes.masked_fill(left_out, 0)
-    weights = torch.ones_like(classes, dtype=dtype) if weight is None else _of_classes(weight, classes)
-    weights.masked_fill_(left_out, 0)
-    denominators = reduction.denominators(options.rule, target.numel(), left_out, weights, normalizer, on_host=False)
-    return _Targets(classes, ignored, weights.masked_fill(left_out & ~ignored, torch.nan), denominators)
-
-
-def _of_classes(per_class: Tensor, classes: Tensor) -> Tensor:
-    """The value of each sample's class."""
-    if _on_host(per_class):
-        return per_class.take(classes)
-    # Some devices lack it.
-    return per_class.index_select(0, classes.flatten()).view(classes.shape)
+def _as_of_logits(adjustment: Tensor, ndim: int, options: LossOptions) -> Tensor:
+    """What to add to the logits themselves, where all terms see the same ones."""
+    if options.needs_scaled:  # scale * (x + b / scale) = scale * x + b
+        adjustment = adjustment / options.scale
+    return adjustment.view(-1, *(1,) * (ndim - 2))
 
 
 def _weighted_sum(coefficients: tuple[float, float], terms: _Losses) -> Tensor:
@@ -237,13 +130,15 @@ def _evaluate_chunk(samples: _Samples, settings: _Settings) -> _Losses:
     """The two weighted terms of a few samples; fills their gradient."""
     logits, grad, classes, ignored, weights, _ = samples
     dtype = arithmetic_dtype(logits)
+    if settings.adjustment is not None:
+        logits = logits + settings.adjustment  # which has the dtype of the arithmetic
     # A gradient of the arithmetic type is the work space of its own computation.
     work_space = grad if grad is not None and grad.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     evaluate = _evaluate_by_odds if settings.use_odds and logits.numel() > 0 else _evaluate_by_gaps
     ldam, focal = terms = evaluate(logits, classes, settings, work_space)
     losses = (
-        None if ldam is None else _scale_rows(ldam.loss, ignored, weights),
-        None if focal is None else _scale_rows(focal.loss, ignored, weights),
+        None if ldam is None else scale_rows(ldam.loss, ignored, weights),
+        None if focal is None else scale_rows(focal.loss, ignored, weights),
     )
     if grad is not None:
         _fill_gradient(grad, samples, terms, settings)
@@ -257,7 +152,7 @@ def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Se
     for term, coefficient, denominator in zip(terms, coefficients, settings.denominators, strict=True):
         if term is None or term.slope is None:
             continue
-        slope = term.slope.mul_(_share(coefficient, denominator, samples.weights, settings.on_host))
+        slope = term.slope.mul_(share(coefficient, denominator, samples.weights, settings.on_host))
         if parts and parts[0][0] is term.others:
             parts[0][1].add_(slope)
         else:
@@ -265,7 +160,7 @@ def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Se
 
     results, slopes = [], []
     for (exps, total), slope in parts:
-        _scale_rows(slope, samples.ignored, samples.upstream)
+        scale_rows(slope, samples.ignored, samples.upstream)
         results.append(exps.mul_((slope / total).unsqueeze(1)))
         slopes.append(slope)
     result, target_grad = results[0], slopes[0].neg()
@@ -277,15 +172,6 @@ def _fill_gradient(grad: Tensor, samples: _Samples, terms: _Terms, settings: _Se
         result.masked_fill_(samples.ignored.unsqueeze(1), 0)
     if result is not grad:
         grad.copy_(result)
-
-
-def _share(coefficient: float, denominator: Number, weights: Tensor | None, on_host: bool) -> Number:
-    """What multiplies the slopes of a term, so that no factor of it leaves the range: in float64, or in this order."""
-    if weights is None:
-        return coefficient / denominator
-    if on_host:
-        return (weights.double() * (coefficient / denominator)).to(weights.dtype)
-    return weights / denominator * coefficient
 
 
 def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
@@ -313,17 +199,10 @@ def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work
 
     ldam = focal = None
     if options.has_ldam:
-        ldam_odds = odds if margins is None else odds * _of_classes(margins.exp(), classes)
-        slope = (ldam_odds + 1).reciprocal_().mul_(ldam_odds) if with_grad else None
-        ldam = _Term(ldam_odds.log1p(), slope, others)
+        ldam_odds = odds if margins is None else odds * of_classes(margins.exp(), classes)
+        ldam = _Term(*ldam_by_odds(ldam_odds, with_grad), others)
     if options.has_focal:
-        nll = odds.log1p()
-        factor = odds.reciprocal().log1p_().mul_(-options.gamma * LOG2_E).exp2_()  # (1 - p)^gamma, by -log(1 - p)
-        slope = None
-        if with_grad:
-            p = (odds + 1).reciprocal_()
-            slope = (odds * p).addcmul_(p, nll, value=options.gamma).mul_(factor)
-        focal = _Term(nll.mul_(factor), slope, others)
+        focal = _Term(*focal_by_odds(odds, options.gamma, with_grad), others)
 
     if extreme is not None:  # the few are computed by themselves
         rows = logits.movedim(1, -1)[extreme].to(exps.dtype)
@@ -380,11 +259,12 @@ def _evaluate_by_gaps(logits: Tensor, classes: Tensor, settings: _Settings, work
     of_ldam = scaled or plain
     if options.has_ldam and of_ldam is not None:
         others, v = of_ldam
-        v = v if margins is None else v.add(_of_classes(margins, classes), alpha=options.scale)
-        ldam = _Term(_softplus(v), v.sigmoid().mul_(options.scale) if with_grad else None, others)
+        v = v if margins is None else v.add(of_classes(margins, classes), alpha=options.scale)
+        loss, slope = ldam_by_gap(v, with_grad)
+        ldam = _Term(loss, None if slope is None else slope.mul_(options.scale), others)
     if options.has_focal and plain is not None:
         others, u = plain
-        focal = _Term(*_focal(u, options.gamma), others)
+        focal = _Term(*focal_by_gap(u, options.gamma), others)
     return ldam, focal
 
 
@@ -395,26 +275,3 @@ def _chunks(samples: _Samples) -> list[_Samples]:
     if n <= size:
         return [samples]
     return [samples.map(itemgetter(slice(start, start + size))) for start in range(0, n, size)]
-
-
-def _scale_rows(per_sample: Tensor, ignored: Tensor | None, *factors: Tensor | None) -> Tensor:
-    """In place: times the factors, and exactly 0 for ignored samples, whatever their logits and the totals are."""
-    for factor in factors:
-        if factor is not None:
-            per_sample.mul_(factor)
-    return per_sample if ignored is None else per_sample.masked_fill_(ignored, 0)
-
-
-def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z). Beyond 40 it is z to the last bit of float64, and e^z is not taken where it would overflow."""
-    return F.softplus(z, threshold=40)
-
-
-def _focal(u: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Focal loss of samples with gap u = logsumexp(others) - x_y; and its derivative in u."""
-    u = u.clamp_min_(-BIG)  # gamma = 0 at u = -inf: exp(-0 * inf) would be NaN
-    nll, q = _softplus(u), u.sigmoid()  # -log p_y, 1 - p_y
-    u.neg_()
-    factor = _softplus(u).mul_(-gamma).exp_()  # (1 - p_y)^gamma
-    p_nll = u.sigmoid_().mul_(nll.clamp_max(BIG))  # tends to 0 as u grows: 0 * inf would be NaN
-    return nll.mul_(factor), p_nll.mul_(gamma).add_(q).mul_(factor)
