@@ -30,9 +30,9 @@ from benchmarks.measure import format_table
 from benchmarks.problems import PROBLEMS, Problem
 from lmf_triton import reduction
 from lmf_triton.fused import backend
-from lmf_triton.fused.kernels import elementwise, index
+from lmf_triton.fused.kernels import elementwise, index, probabilities
 from lmf_triton.fused.launch import Device
-from lmf_triton.options import LossOptions
+from lmf_triton.options import Inputs, LossOptions
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -69,7 +69,9 @@ INSTRUCTION_MIX = {
 }
 
 # The module of each kernel.
-KERNELS = {name: module for module in (index, elementwise) for name in vars(module) if name.endswith("_kernel")}
+KERNELS = {
+    name: module for module in (index, probabilities, elementwise) for name in vars(module) if name.endswith("_kernel")
+}
 LMF = LossOptions(alpha=1.0, beta=1.0, gamma=1.5, scale=1.0, ignore_index=-100, reduction="mean")
 
 
@@ -156,13 +158,17 @@ def recorded_launches(
     dtype: torch.dtype | None = None,
     recompute: bool = False,
     normalized: bool = False,
+    per_class: bool = False,
     device: Device = backend.H100,
 ) -> list[Launch]:
-    """The launches of one forward and backward, in order, recorded on meta tensors."""
+    """The launches of one forward and backward, in order, recorded on meta tensors.
+
+    With ``normalized`` there is a normalizer, with ``per_class`` there are class weights and a logit adjustment.
+    """
     dtype = dtype or problem.dtype
     n_classes = problem.shape[1]
     logits = torch.empty(problem.shape, dtype=dtype, device="meta")
-    target = torch.empty(problem.shape[:1] + problem.shape[2:], dtype=problem.target_dtype, device="meta")
+    target = torch.empty(problem.target_shape, dtype=problem.target_dtype, device="meta")
     margins = torch.empty(n_classes, device="meta")
     normalizer = reduction.given_totals(1.0, logits) if normalized else None
     launches: list[Launch] = []
@@ -189,7 +195,9 @@ def recorded_launches(
             originals[name], stand_in = recorder(name)
             setattr(KERNELS[name], name, stand_in)
         keep = "coefs" if recompute else "gradient"
-        loss, kept = backend.forward(logits, target, margins, None, normalizer, options, keep=keep)
+        more = {"weight": margins, "logit_adjustment": margins} if per_class else {}
+        inputs = Inputs(logits, target, margins, normalizer=normalizer, **more)
+        loss, kept = backend.forward(inputs, options, keep=keep)
         if recompute:
             backend.backward(kept, torch.empty_like(loss), options)
         else:

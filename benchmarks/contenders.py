@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.problems import Batch
+from benchmarks.problems import Batch, Problem
 from lmf_triton import ldam_margins, lmf_loss
 from reference import lmf as reference
 
@@ -27,11 +27,46 @@ class Contender:
     compiled: bool = False
     overwrites: bool = False  # the logits, with their gradient
     dense: bool = True  # takes (N, C, d1, ..., dk); otherwise only (N, C)
+    probabilities: bool = True  # takes class probabilities; otherwise only classes
+
+    def takes(self, problem: Problem) -> bool:
+        is_dense, has_probabilities = len(problem.shape) > 2, problem.target_dtype.is_floating_point
+        return (self.dense or not is_dense) and (self.probabilities or not has_probabilities)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
-    """PyTorch's own loss, which takes int64 targets and has no margins."""
-    return F.cross_entropy(logits, target.long())
+    """PyTorch's own loss, which takes int64 targets or probabilities, and has no margins."""
+    return F.cross_entropy(logits, target if target.is_floating_point() else target.long())
+
+
+def eager(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
+    """LMF as people write it. Of probabilities the reference takes one class after the other, which nobody would."""
+    of_target = expected_lmf if target.is_floating_point() else reference.lmf_loss
+    return of_target(logits, target, margins)
+
+
+def expected_lmf(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.5,
+    reduction: str = "mean",
+) -> Tensor:
+    """LMF of class probabilities, ``(N, C, d1, ..., dk)``, for all classes at once from one log-softmax; of scale 1.
+
+    Were j a sample's class, LDAM would be ``-log(e^-m p / (e^-m p + 1 - p))`` with p = p_j and m = margin_j, which is
+    ``m - log p + log(1 + p (e^-m - 1))``. It is inexact where some p is near 1, as is ``1 - p`` in the focal factor.
+    """
+    m = margins.to(logits.dtype).view(-1, *(1,) * (logits.ndim - 2))
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    ldam = m - log_p + torch.log1p(p * torch.expm1(-m))
+    focal = (1 - p) ** gamma * -log_p
+    loss = (target * (alpha * ldam + beta * focal)).sum(1)
+    return loss.sum() if reduction == "sum" else loss.mean()
 
 
 OURS, RECOMPUTE = "lmf_triton", "lmf_triton, gradient in backward"
@@ -40,8 +75,8 @@ LIGER, QUACK, FLASH = "Liger CE", "QuACK CE", "flash-attn CE"
 CE_OPTIONS = {"alpha": 0, "gamma": 0}
 CONTENDERS = (
     Contender(OURS, lmf_loss),
-    Contender(EAGER, reference.lmf_loss),
-    Contender(COMPILED, reference.lmf_loss, compiled=True),
+    Contender(EAGER, eager),
+    Contender(COMPILED, eager, compiled=True),
     Contender(CROSS_ENTROPY, cross_entropy, CE_OPTIONS),
 )
 
@@ -53,17 +88,22 @@ def importable_peers() -> list[Contender]:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         liger = LigerCrossEntropyLoss()
-        peers.append(Contender(LIGER, lambda x, y, _: liger(x, y.long()), CE_OPTIONS, overwrites=True, dense=False))
+        peers.append(_peer(LIGER, lambda x, y, _: liger(x, y.long()), overwrites=True))
     with contextlib.suppress(Exception):
         from quack.cross_entropy import cross_entropy as quack
 
-        peers.append(Contender(QUACK, lambda x, y, _: quack(x, y.long()).mean(), CE_OPTIONS, dense=False))
+        peers.append(_peer(QUACK, lambda x, y, _: quack(x, y.long()).mean()))
     with contextlib.suppress(Exception):
         from flash_attn.losses.cross_entropy import CrossEntropyLoss
 
         flash = CrossEntropyLoss()
-        peers.append(Contender(FLASH, lambda x, y, _: flash(x, y.long()), CE_OPTIONS, dense=False))
+        peers.append(_peer(FLASH, lambda x, y, _: flash(x, y.long())))
     return peers
+
+
+def _peer(name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], *, overwrites: bool = False) -> Contender:
+    """A cross-entropy of classes alone, and of two dimensions."""
+    return Contender(name, loss, CE_OPTIONS, overwrites=overwrites, dense=False, probabilities=False)
 
 
 def describe(error: Exception) -> str:
@@ -117,7 +157,7 @@ class Run:
         A sample's error is summed over its classes, most of which have a gradient far below the target's, and is
         relative to the average sample.
         """
-        n = self.batch.target.numel()
+        n = grad.numel() // grad.shape[1]
         exact_loss = exact_size = 0.0
         errors = []
         size = max(1, ORACLE_ELEMENTS * len(grad) // grad.numel())
@@ -132,6 +172,7 @@ class Run:
 
     def _oracle(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.double().requires_grad_()
-        options = self.contender.oracle_options
-        loss = reference.lmf_loss(logits, target, self.margins, reduction="sum", **options)
+        # Random logits have no class near certainty, where expected_lmf would be inexact.
+        oracle = expected_lmf if target.is_floating_point() else reference.lmf_loss
+        loss = oracle(logits, target, self.margins, reduction="sum", **self.contender.oracle_options)
         return loss.detach(), *torch.autograd.grad(loss, logits)

@@ -19,8 +19,7 @@ class Comparison:
         torch.compiler.reset()  # compile for this shape alone, as one would to train with it
         self.problem, self.device = problem, device
         self.batch = problem.make(device)
-        is_dense = len(problem.shape) > 2
-        self.runs = {c.name: Run(c, self.batch) for c in contenders if c.dense or not is_dense}
+        self.runs = {c.name: Run(c, self.batch) for c in contenders if c.takes(problem)}
         self.failures = {name: run.failure() for name, run in self.runs.items()}
         self.sound = {name: run for name, run in self.runs.items() if not self.failures[name]}
 

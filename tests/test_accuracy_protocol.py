@@ -66,7 +66,7 @@ def make_task(epochs: int = 3, **model_options) -> protocol.Task:
 def train(task: protocol.Task, loss: str, seed: int = 0):
     parts = protocol.split(task.dataset, seed)
     counts = protocol.class_counts(task.dataset, parts.train)
-    criterion = protocol.make_criterion(loss, counts)
+    criterion = protocol.make_criterion(loss, counts, **task.loss_options(counts))
     return protocol.train(
         task, parts, seed, criterion, protocol.make_schedule(loss, criterion, counts, task.epochs), ""
     )
@@ -169,6 +169,36 @@ def test_losses_are_those_of_the_paper():
     torch.testing.assert_close(value["lmf"], ldam + focal.mean())
     authors = 1.5 * nn.functional.cross_entropy(30 * shifted, target, margins) + (margins[target] * focal).mean()
     torch.testing.assert_close(value["lmf-authors"], authors)
+
+
+def test_every_loss_adjusts_its_logits_by_the_training_counts_and_smooths_its_labels(monkeypatch, tmp_path):
+    task = replace(make_task(epochs=1), logit_adjustment=2.0, label_smoothing=0.1)
+    trained = record(monkeypatch, protocol, "_train_epoch", lambda args, result: args[3])
+    for loss in protocol.LOSSES:
+        experiment.train_one(task, loss, 1, tmp_path)
+    assert len(trained) == len(protocol.LOSSES)
+    sweep.train_all(task, [1])
+    assert len(trained) == len(protocol.LOSSES) + len(sweep.VARIANTS)
+    counts = torch.tensor(protocol.class_counts(task.dataset, protocol.split(task.dataset, 1).train))
+    log_prior = (counts / counts.sum()).log()
+    for criterion in trained:
+        torch.testing.assert_close(criterion.logit_adjustment, 2 * log_prior)
+        assert criterion.label_smoothing == 0.1
+
+
+def test_without_them_no_loss_has_an_adjustment_or_smoothing():
+    assert make_task().loss_options([30, 20, 10]) == {"label_smoothing": 0.0, "logit_adjustment": None}
+
+
+def test_predictions_are_those_of_the_logits_without_their_adjustment():
+    task = replace(make_task(epochs=1), logit_adjustment=5.0)
+    network, _ = train(task, "lmf")
+    indices = np.arange(len(task.dataset))
+    with torch.inference_mode():
+        logits = network.eval()(task.inputs)
+    adjusted = logits + task.loss_options([60, 40, 20])["logit_adjustment"]
+    assert np.array_equal(protocol.predict(network, task, indices), logits.argmax(1))
+    assert not np.array_equal(logits.argmax(1), adjusted.argmax(1))
 
 
 def test_all_losses_of_a_seed_start_alike_and_see_the_same_batches(monkeypatch):
@@ -423,6 +453,8 @@ def test_more_seeds_and_losses_go_on_in_the_same_folder(finished):
         (("--epochs", "3"), "epochs 2 there, 3 now"),
         (("--learning-rate", "0.01"), "learning_rate 0.001 there, 0.01 now"),
         (("--threads", "2"), "threads 1 there, 2 now"),
+        (("--logit-adjustment", "1.5"), "logit_adjustment None there, 1.5 now"),
+        (("--label-smoothing", "0.1"), "label_smoothing None there, 0.1 now"),
         (("--seeds", "1"), r"seeds \[0, 1\] there, \[0\] now"),
         (("--losses", "lmf"), r"losses \['focal', 'lmf'\] there, \['lmf'\] now"),
     ],
@@ -434,6 +466,72 @@ def test_other_settings_in_the_same_folder_are_refused(capsys, finished, argumen
     torch.set_num_threads(1)  # as in all other tests
     assert re.search(message, capsys.readouterr().err)
     assert contents(finished) == before
+
+
+# The settings of the losses as results have had them since they have fingerprints.
+LOSS_SETTINGS = {
+    "cross-entropy": "FocalLoss(gamma=0.0, ignore_index=-100, reduction='mean', check_target=False, weight=None)",
+    "focal": "FocalLoss(gamma=1.5, ignore_index=-100, reduction='mean', check_target=False, weight=None)",
+    "ldam": "LDAMLoss(n_classes=3, max_margin=0.5, scale=1.0, ignore_index=-100, reduction='mean', "
+    "check_target=False, weight=None)",
+    "lmf": "LMFLoss(n_classes=3, alpha=1.0, beta=1.0, gamma=1.5, max_margin=0.5, scale=1.0, ignore_index=-100, "
+    "reduction='mean', check_target=False, weight=None)",
+    "lmf-authors": "LMFLoss(n_classes=3, alpha=1.5, beta=1.0, gamma=1.5, max_margin=0.5, scale=30.0, "
+    "ignore_index=-100, reduction='mean_per_term', check_target=False, weight=(3,))",
+}
+
+
+@pytest.mark.slow
+def test_results_from_before_adjustment_and_smoothing_are_continued(finished):
+    settings = json.loads((finished / "settings.json").read_text())["settings"]
+    assert {loss: settings[loss] for loss in protocol.BASE_LOSSES} == LOSS_SETTINGS
+    assert not {"logit_adjustment", "label_smoothing"} & settings.keys()
+    assert run_experiment(finished, "--logit-adjustment", "0", "--label-smoothing", "0") == []
+
+
+@pytest.mark.slow
+def test_adjustment_and_smoothing_are_recorded_and_shown(capsys, finished, tmp_path):
+    options = ("--logit-adjustment", "1.5", "--label-smoothing", "0.1")
+    folder = tmp_path / "adjusted"
+    assert run_experiment(folder, *options) == ALL_RUNS
+    settings = json.loads((folder / "settings.json").read_text())["settings"]
+    assert (settings["logit_adjustment"], settings["label_smoothing"]) == (1.5, 0.1)
+    assert settings.items() >= LOSS_SETTINGS.items()
+    for table in "table1.md", "table2.md":
+        assert (folder / table).read_text().startswith("rows, cnn, logit adjustment 1.5, label smoothing 0.1, 2 seeds")
+        assert (finished / table).read_text().startswith("rows, cnn, 2 seeds")
+    assert contents(folder)["metrics.csv"] != contents(finished)["metrics.csv"]
+    assert run_experiment(folder, *options) == []
+    with pytest.raises(SystemExit, match="2"):
+        run_experiment(folder)
+    message = capsys.readouterr().err
+    assert "logit_adjustment 1.5 there, None now" in message and "label_smoothing 0.1 there, None now" in message
+
+
+@pytest.mark.parametrize("main", [experiment.main, sweep.main])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--logit-adjustment", "-1", "must be finite and at least 0, got -1"),
+        ("--logit-adjustment", "inf", "must be finite and at least 0, got inf"),
+        ("--logit-adjustment", "nan", "must be finite and at least 0, got nan"),
+        ("--logit-adjustment", "one", "must be a number, got 'one'"),
+        ("--label-smoothing", "-0.1", "must be between 0 and 1, got -0.1"),
+        ("--label-smoothing", "1.1", "must be between 0 and 1, got 1.1"),
+        ("--label-smoothing", "nan", "must be between 0 and 1, got nan"),
+    ],
+)
+def test_a_wrong_adjustment_or_smoothing_is_said_before_any_data_is_read(
+    monkeypatch, capsys, tmp_path, main, option, value, message
+):
+    folder = tmp_path / "output"
+    line = ["accuracy", "--dataset", "digits", "--model", "cnn", "--output", str(folder), option, value]
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(command.data, "load", None)
+    with pytest.raises(SystemExit, match="2"):
+        command.run(main)
+    assert f"argument {option}: {message}" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_a_crash_while_writing_keeps_the_former_file(monkeypatch, tmp_path):

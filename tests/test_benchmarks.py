@@ -10,19 +10,31 @@ import pytest
 import torch
 
 from benchmarks import measure, speed
-from benchmarks.contenders import COMPILED, CONTENDERS, OURS, Contender, Run, importable_peers
+from benchmarks.contenders import (
+    CE_OPTIONS,
+    COMPILED,
+    CONTENDERS,
+    OURS,
+    Contender,
+    Run,
+    cross_entropy,
+    expected_lmf,
+    importable_peers,
+)
 from benchmarks.gpu.__main__ import write_results
 from benchmarks.gpu.device_tests import run_tests
 from benchmarks.gpu.measuring import COPY, format_problems, measure_problem
 from benchmarks.gpu.targets import TARGETS, target_lines
 from benchmarks.problems import Problem
-from benchmarks.timing import Row
+from benchmarks.timing import Comparison, Row
+from reference import lmf as reference
 
 pytestmark = pytest.mark.slow  # whole commands, and pytest within pytest
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EAGER_CONTENDERS = [contender for contender in CONTENDERS if not contender.compiled]
+SOFT = Problem("soft", (64, 7), "", target_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +62,19 @@ def measured(clock) -> list[Row]:
         Problem("large_64k_fp32", (2, 65536), ""),
         Problem("dense_2", (2, 2, 8, 8), "", target_dtype=torch.uint8),
         Problem("rows_32", (32, 1000), ""),
+        SOFT,
+        Problem("soft_dense_bf16", (2, 19, 8, 8), "", torch.bfloat16, torch.bfloat16),
     ]
     return [row for problem in problems for row in measure_problem(problem, EAGER_CONTENDERS, CPU, 0.0)]
 
 
 def test_every_contender_is_checked_and_measured_on_every_problem(measured):
     names = [COPY, *(contender.name for contender in EAGER_CONTENDERS)]
-    assert [row["contender"] for row in measured] == 5 * names
+    assert [row["contender"] for row in measured] == 7 * names
     assert not any(row["failure"] for row in measured)
     ours = [row for row in measured if row["contender"] == OURS]
     assert all(row[f"{what}_us"] > 0 for row in ours for what in ("forward", "backward", "forward_backward"))
-    assert [row["graph_us"] is not None for row in ours] == [True, False, False, False, False]
+    assert [row["graph_us"] is not None for row in ours] == [True, *6 * [False]]
 
 
 def test_result_files_keep_their_columns(measured, clock, monkeypatch):
@@ -101,9 +115,36 @@ def test_a_wrong_loss_is_not_timed():
     def half(logits, target, margins):
         return torch.nn.functional.cross_entropy(logits, target) / 2
 
-    batch = Problem("any", (64, 7), "").make(CPU)
-    assert "wrong" in Run(Contender("half", half), batch).failure()
-    assert Run(CONTENDERS[0], batch).failure() == ""
+    for problem in Problem("any", (64, 7), ""), SOFT:
+        batch = problem.make(CPU)
+        assert "wrong" in Run(Contender("half", half, CE_OPTIONS), batch).failure()
+        assert Run(Contender("whole", cross_entropy, CE_OPTIONS), batch).failure() == ""
+        assert Run(CONTENDERS[0], batch).failure() == ""
+
+
+@pytest.mark.parametrize("options", [{}, CE_OPTIONS, {"alpha": 0.5, "beta": 2.0, "gamma": 0.5}])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("shape", [(33, 7), (5, 2), (4, 19, 3, 2)])
+def test_the_loss_of_all_classes_at_once_is_the_references_of_one_after_the_other(shape, reduction, options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    target = torch.rand(shape, dtype=torch.float64, generator=generator)  # no row sums to 1
+    target[0] = 0
+    target[1, shape[1] // 2 :] = 0
+    margins = torch.rand(shape[1], dtype=torch.float64, generator=generator)
+    found, exact = (
+        function(logits, target, margins, reduction=reduction, **options)
+        for function in (expected_lmf, reference.lmf_loss)
+    )
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-15)
+    grads = [torch.autograd.grad(loss, logits)[0] for loss in (found, exact)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+
+
+def test_class_probabilities_are_checked_without_a_loop_over_the_classes(monkeypatch):
+    batch = Problem("soft", (8, 1000), "", target_dtype=torch.float32).make(CPU)
+    monkeypatch.setattr(reference, "lmf_loss", None)
+    assert not any(Run(contender, batch).failure() for contender in EAGER_CONTENDERS)
 
 
 def test_a_loss_that_overwrites_its_logits_is_checked_and_leaves_the_others_theirs():
@@ -153,6 +194,13 @@ def test_the_tests_run_with_what_is_installed(tmp_path, monkeypatch):
     assert "stopped after 8 s" in output.read_text()
 
 
-def test_peers_are_cross_entropies_that_take_two_dimensions():
+def test_peers_are_cross_entropies_that_take_two_dimensions_and_classes():
     for peer in importable_peers():
-        assert not peer.dense and peer.oracle_options and peer.name != COMPILED
+        assert not peer.dense and not peer.probabilities and peer.oracle_options and peer.name != COMPILED
+
+
+def test_a_contender_is_left_out_of_problems_that_it_does_not_take():
+    peer = Contender("peer", cross_entropy, CE_OPTIONS, dense=False, probabilities=False)
+    classes, dense = Problem("any", (64, 7), ""), Problem("dense", (2, 7, 4, 4), "")
+    ran = [[*Comparison(problem, [peer, CONTENDERS[0]], CPU).runs] for problem in (classes, dense, SOFT)]
+    assert ran == [["peer", OURS], [OURS], [OURS]]

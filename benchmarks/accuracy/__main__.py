@@ -52,7 +52,7 @@ def train_one(task: protocol.Task, loss: str, seed: int, folder: Path) -> result
     start = time.perf_counter()
     split = protocol.split(task.dataset, seed)
     counts = protocol.class_counts(task.dataset, split.train)
-    criterion = protocol.make_criterion(loss, counts)
+    criterion = protocol.make_criterion(loss, counts, **task.loss_options(counts))
     schedule = protocol.make_schedule(loss, criterion, counts, task.epochs)
     network, checkpoint = protocol.train(task, split, seed, criterion, schedule, f"{loss}, seed {seed}")
     if seed == GRAD_CAM_SEED:
@@ -87,7 +87,7 @@ def write_report(task: protocol.Task, settings: dict, folder: Path) -> str:
     dataset = task.dataset
     splits = [protocol.split(dataset, seed) for seed in settings["seeds"]]
     found = report.Results(
-        title=f"{dataset.name}, {task.model.name}",
+        title=task.title,
         class_names=dataset.class_names,
         training_counts=tuple(tuple(protocol.class_counts(dataset, split.train)) for split in splits),
         runs=tuple(results.read_runs(folder, dataset.class_names)),

@@ -1,6 +1,7 @@
 """The command line that the experiment and the sweep share: arguments -> task, folder, settings."""
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,6 +37,16 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_positive, metavar="N", help=f"the seeds 0 to N - 1 (default: {SEEDS})")
     parser.add_argument("--epochs", type=_positive, help="default: the model's")
     parser.add_argument("--learning-rate", type=float, help="default: the model's")
+    parser.add_argument(
+        "--logit-adjustment",
+        type=_not_negative,
+        default=0.0,
+        metavar="TAU",
+        help="add TAU times the log prior of the training part to the logits, in training only (default: 0, none)",
+    )
+    parser.add_argument(
+        "--label-smoothing", type=_share, default=0.0, metavar="EPS", help="of every loss, 0 to 1 (default: 0)"
+    )
     parser.add_argument("--data", type=Path, help="folder or file of the download")
     parser.add_argument("--weights", type=_file, help="file of pretrained weights (default: those of the package)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
@@ -48,6 +59,27 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def _not_negative(text: str) -> float:
+    number = _number(text)
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"must be finite and at least 0, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
     return number
 
 
@@ -81,7 +113,16 @@ def make_task(args: argparse.Namespace, dataset: data.Dataset, model: models.Mod
     protocol.set_up(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = models.load_inputs(model, dataset, CACHE, args.weights, device)
-    return protocol.Task(dataset, model, inputs, model.epochs, device, weights=args.weights)
+    return protocol.Task(
+        dataset,
+        model,
+        inputs,
+        model.epochs,
+        device,
+        weights=args.weights,
+        logit_adjustment=args.logit_adjustment,
+        label_smoothing=args.label_smoothing,
+    )
 
 
 def seeds(args: argparse.Namespace) -> list[int]:
@@ -115,12 +156,22 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         "drw_share": protocol.DRW_SHARE,
         "shares": list(protocol.SHARES),
         "fold_percent": protocol.FOLD_PERCENT,
-        **{loss: repr(protocol.make_criterion(loss, [1] * dataset.n_classes)) for loss in protocol.BASE_LOSSES},
+        **{loss: _description(loss, dataset.n_classes) for loss in protocol.BASE_LOSSES},
+        # Only where they are set: results from before they could be set are continued by the same command.
+        **{name: value for name in ("logit_adjustment", "label_smoothing") if (value := getattr(args, name))},
         "threads": args.threads,
         "quick": args.quick,
         results.DATA: fingerprint.of_data(dataset) | {results.WEIGHTS: model.weights_digest(args.weights)},
         results.SPLITS: {str(seed): split_digest(dataset, seed) for seed in seeds(args)},
     }
+
+
+def _description(loss: str, n_classes: int) -> str:
+    """The settings of a loss, as its ``repr`` says them, without those that all losses of an experiment have alike."""
+    text = repr(protocol.make_criterion(loss, [1] * n_classes))
+    for shared in ", label_smoothing=0.0", ", logit_adjustment=None":
+        text = text.replace(shared, "")
+    return text
 
 
 def split_digest(dataset: data.Dataset, seed: int) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import measure
 from benchmarks.accuracy.data import Dataset
 from benchmarks.accuracy.models import Model
-from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_margins
+from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_margins, log_prior_adjustment
 
 # Parts of a hundred: training, validation, test.
 SHARES = (70, 15, 15)
@@ -143,15 +143,18 @@ LOSSES = (*BASE_LOSSES, *(f"{name}{DRW_SUFFIX}" for name in BASE_LOSSES))
 DEFAULT_LOSSES = (*BASE_LOSSES, "ldam-drw", "lmf-drw")
 
 
-def make_criterion(name: str, counts: Sequence[int]) -> nn.Module:
-    """A loss by its name, with the paper's options; "-drw" is its schedule's matter."""
+LossOptions = dict[str, float | Tensor | None]  # that every loss takes, and all losses of an experiment have alike
+
+
+def make_criterion(name: str, counts: Sequence[int], **options: float | Tensor | None) -> nn.Module:
+    """A loss by its name, with the paper's options and these; "-drw" is its schedule's matter."""
     return {
-        "cross-entropy": lambda: FocalLoss(gamma=0),
-        "focal": FocalLoss,
-        "ldam": lambda: LDAMLoss(counts),
-        "lmf": lambda: LMFLoss(counts),
+        "cross-entropy": lambda: FocalLoss(gamma=0, **options),
+        "focal": lambda: FocalLoss(**options),
+        "ldam": lambda: LDAMLoss(counts, **options),
+        "lmf": lambda: LMFLoss(counts, **options),
         "lmf-authors": lambda: LMFLoss(
-            counts, alpha=1.5, scale=30, weight=ldam_margins(counts), reduction="mean_per_term"
+            counts, alpha=1.5, scale=30, weight=ldam_margins(counts), reduction="mean_per_term", **options
         ),
     }[name.removesuffix(DRW_SUFFIX)]()
 
@@ -174,6 +177,20 @@ class Task:
     device: torch.device
     head: str = "linear"
     weights: Path | None = None
+    logit_adjustment: float = 0.0  # tau: how much of the training part's log prior every loss adds to the logits
+    label_smoothing: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """Of tables and pictures: data, model, and what changes every loss."""
+        options = {"logit adjustment": self.logit_adjustment, "label smoothing": self.label_smoothing}
+        changed = [f"{name} {value:g}" for name, value in options.items() if value]
+        return ", ".join([self.dataset.name, self.model.name, *changed])
+
+    def loss_options(self, counts: Sequence[int]) -> LossOptions:
+        """What every loss is made with, given the training counts. Predictions come from the logits as they are."""
+        adjustment = log_prior_adjustment(counts, tau=self.logit_adjustment) if self.logit_adjustment else None
+        return {"label_smoothing": self.label_smoothing, "logit_adjustment": adjustment}
 
     def labels(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(self.dataset.labels)[indices]

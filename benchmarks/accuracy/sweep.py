@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.accuracy import command, protocol, report, results
@@ -28,11 +28,11 @@ GAMMAS = (0, 0.5, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Variant:
-    """LMF with one setting changed; ``make`` takes the training counts."""
+    """LMF with one setting changed; ``make`` takes the training counts, and the options that all have alike."""
 
     factor: str
     value: str
-    make: Callable[[Counts], nn.Module]
+    make: Callable[..., nn.Module]
     head: str = "linear"
 
     @property
@@ -40,14 +40,16 @@ class Variant:
         return f"{self.factor} {self.value}".strip()
 
 
-def _weighted(make_weights: Callable[[Counts], object], reduction: str, counts: Counts) -> nn.Module:
-    return LMFLoss(counts, weight=make_weights(counts), reduction=reduction)
+def _weighted(
+    make_weights: Callable[[Counts], Tensor], reduction: str, counts: Counts, **options: float | Tensor | None
+) -> nn.Module:
+    return LMFLoss(counts, weight=make_weights(counts), reduction=reduction, **options)
 
 
 PAPER = Variant("paper", "", LMFLoss)
 VARIANTS = (
     PAPER,
-    Variant("cross-entropy", "", lambda counts: FocalLoss(gamma=0)),
+    Variant("cross-entropy", "", lambda counts, **options: FocalLoss(gamma=0, **options)),
     Variant("authors' code", "", partial(protocol.make_criterion, "lmf-authors")),
     *(Variant("scale", f"{scale}", partial(LMFLoss, scale=scale)) for scale in SCALES),
     *(Variant("max_margin", f"{margin}", partial(LMFLoss, max_margin=margin)) for margin in MAX_MARGINS),
@@ -73,7 +75,8 @@ def train_all(task: protocol.Task, seeds: Sequence[int]) -> list[dict[str, objec
     rows = []
     for seed, variant in tqdm([(seed, variant) for seed in seeds for variant in VARIANTS], "sweep", unit="run"):
         split = protocol.split(task.dataset, seed)
-        criterion = variant.make(protocol.class_counts(task.dataset, split.train))
+        counts = protocol.class_counts(task.dataset, split.train)
+        criterion = variant.make(counts, **task.loss_options(counts))
         title = f"{variant.name}, seed {seed}"
         _, checkpoint = protocol.train(replace(task, head=variant.head), split, seed, criterion, None, title)
         rows.append(
@@ -134,7 +137,7 @@ def write_report(rows: Sequence[dict[str, object]], task: protocol.Task, setting
     results.record_settings(folder, settings, environment)
     lines = [row | constants | environment for row in rows]
     results.replace_file(folder / results.SWEEP, results.csv_text(lines).encode())
-    text = table(rows, f"{settings['dataset']}, {settings['model']}")
+    text = table(rows, task.title)
     results.replace_file(folder / "sweep.md", text.encode())
     print(text)
 
