@@ -21,7 +21,8 @@ if not HAS_GPU:
 
 from oracle import ANOTHER_DEVICE, PATHS  # noqa: E402
 
-from lmf_triton import devices, plain  # noqa: E402
+from lmf_triton import devices, plain, shapes  # noqa: E402
+from lmf_triton.plain import indices, probabilities  # noqa: E402
 
 # The same draws in every run; `pytest --hypothesis-profile=long` draws new ones, for half an hour.
 if hypothesis is not None:
@@ -103,7 +104,7 @@ def take_the_cpu_for_another_device(monkeypatch) -> None:
 
         return call
 
-    monkeypatch.setattr(plain, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(shapes, "on_host", lambda tensor: False)
     for name in "forward", "backward", "apply_upstream":
         monkeypatch.setattr(plain, name, watched(getattr(plain, name)))
 
@@ -119,9 +120,12 @@ def path(request, monkeypatch) -> str:
     if request.param != "kernel":
         monkeypatch.setattr(devices, "backend_of", lambda logits: plain)
     if request.param == "cpu, softmax":
-        monkeypatch.setattr(plain, "SOFTMAX_CLASSES", 1)
+        monkeypatch.setattr(indices, "SOFTMAX_CLASSES", 1)
+        monkeypatch.setattr(probabilities, "MANY_CLASSES", 1)
     if request.param == "cpu, extreme":  # every sample is taken for one
-        monkeypatch.setattr(plain, "MIN_ODDS", math.inf)
+        for module in indices, probabilities:
+            monkeypatch.setattr(module, "MIN_ODDS", math.inf)
+        monkeypatch.setattr(probabilities, "MAJORITY", 0.0)  # every sample has a leader
     if request.param == ANOTHER_DEVICE:
         take_the_cpu_for_another_device(monkeypatch)
     return request.param

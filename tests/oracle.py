@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmf_triton import ldam_margins, lmf_loss
@@ -56,6 +57,11 @@ class Case:
     upstream: Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def sample_shape(self) -> torch.Size:
+        axis = min(self.logits.ndim - 1, 1)
+        return self.logits.shape[:axis] + self.logits.shape[axis + 1 :]
+
     def to(self, device: torch.device) -> "Case":
         tensors = {name: _moved(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         options = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
@@ -93,6 +99,26 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, with
     )
 
 
+def with_probabilities(case: Case, dtype: torch.dtype = torch.float32) -> Case:
+    """The same logits with class probabilities for targets, as people have them.
+
+    The first sample keeps its one class, and the last, which is confident, has most of its. Those between share theirs
+    with the class before, as mixup makes them, or with all; one has lost half of it, and what was ignored has nothing.
+    """
+    axis = min(case.logits.ndim - 1, 1)
+    n_classes, kept = case.logits.shape[axis], case.target.flatten() >= 0
+    classes = case.target.flatten().clamp_min(0)
+    own = F.one_hot(classes, n_classes).double()
+    before = F.one_hot((classes - 1) % n_classes, n_classes).double()
+    smoothed = 0.9 * own + 0.1 / n_classes
+    kinds = torch.arange(len(classes)) % 4  # of each sample
+    mixed = torch.stack([0.75 * own + 0.25 * before, smoothed, 0.5 * own, 0.875 * smoothed])
+    rows = mixed[kinds, torch.arange(len(classes))] * kept.unsqueeze(1)
+    rows[:1] = own[:1] * kept[:1].unsqueeze(1)
+    target = rows.view(*case.target.shape, n_classes).movedim(-1, axis).to(dtype).contiguous()
+    return replace(case, target=target)
+
+
 def class_weights(n_classes: int) -> Tensor:
     return torch.linspace(0.5, 2.0, n_classes)
 
@@ -111,7 +137,8 @@ def evaluate_reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     logits = case.logits.detach().to(dtype).requires_grad_()
     margins = None if case.margins is None else case.margins.to(dtype)
     options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    loss = reference.lmf_loss(logits, case.target.long(), margins, **options)
+    target = case.target.to(dtype if case.target.is_floating_point() else torch.int64)
+    loss = reference.lmf_loss(logits, target, margins, **options)
     (grad,) = torch.autograd.grad(loss, logits, case.upstream.to(dtype))
     return loss.detach(), grad
 
@@ -122,7 +149,7 @@ def assert_accurate(case: Case, loss: Tensor, grad: Tensor, *, roundings: int = 
     For half logits that is stricter than the reference in their own dtype: they are widened, and the only roundings
     to half are those of the stored gradient, of which there are ``roundings``. For float64 logits the oracle is no
     more exact than the result: both may have the float32 reference's error, in float64's smaller units, and a
-    rounding unit.
+    rounding unit. Where several classes have a share, each of these is rounded too.
     """
     exact_loss, exact_grad = evaluate_reference(case, torch.float64)
     eager_loss, eager_grad = evaluate_reference(case, torch.float32)
@@ -130,16 +157,18 @@ def assert_accurate(case: Case, loss: Tensor, grad: Tensor, *, roundings: int = 
     assert loss.dtype == (torch.float64 if is_double else torch.float32)
     assert grad.dtype == case.logits.dtype
     n_inexact = 2 if is_double else 1
+    has_shares = case.target.is_floating_point() or case.options.get("label_smoothing", 0) > 0
     shrink = n_inexact * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if is_double else 1.0
 
     # In one number the errors of many samples may cancel by luck; so a reduced loss counts them one by one as well.
-    per_sample = replace(case, options={**case.options, "reduction": "none"}, upstream=torch.ones(case.target.shape))
+    per_sample = replace(case, options={**case.options, "reduction": "none"}, upstream=torch.ones(case.sample_shape))
     exact_losses, eager_losses = (evaluate_reference(per_sample, d)[0] for d in (torch.float64, torch.float32))
     eager_error = max(_relative_error(eager_loss, exact_loss), _relative_error(eager_losses, exact_losses))
-    assert _relative_error(loss, exact_loss) <= shrink * eager_error + n_inexact * torch.finfo(loss.dtype).eps
+    n_roundings = n_inexact + has_shares
+    assert _relative_error(loss, exact_loss) <= shrink * eager_error + n_roundings * torch.finfo(loss.dtype).eps
 
     eager_error = _relative_error(eager_grad, exact_grad)
-    rounding = n_inexact * roundings * torch.finfo(grad.dtype).eps
+    rounding = n_inexact * roundings * torch.finfo(grad.dtype).eps + has_shares * torch.finfo(loss.dtype).eps
     assert _relative_error(grad, exact_grad) <= shrink * eager_error + rounding
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import PATHS, REDUCTIONS, make_case, pairwise
+from oracle import PATHS, REDUCTIONS, make_case, pairwise, with_probabilities
 from torch import nn
 from torch.masked import masked_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -20,14 +20,17 @@ pytestmark = [
 ]
 
 MODES = [True, False]
-TENSORS = ["logits", "target", "margins", "weight", "normalizer"]
+TENSORS = ["logits", "target", "margins", "weight", "logit_adjustment", "normalizer"]
+SOFT = [False, True]  # whether the target is class probabilities
 
 
-def arguments(device, reduction="mean") -> dict[str, torch.Tensor]:
+def arguments(device, reduction="mean", *, soft=False) -> dict[str, torch.Tensor]:
     """All tensors of one call: nothing divides 33 rows of 7, one sample is ignored and one confident."""
-    case = make_case((33, 7), torch.float32).to(device)
+    case = make_case((33, 7), torch.float32)
+    case = (with_probabilities(case) if soft else case).to(device)
     weight = torch.linspace(0.5, 2.0, 7, device=device)
     given = {"logits": case.logits, "target": case.target, "margins": case.margins, "weight": weight}
+    given["logit_adjustment"] = torch.linspace(-4, 0, 7, device=device)
     return given | ({"normalizer": torch.tensor(40.0, device=device)} if reduction.startswith("mean") else {})
 
 
@@ -48,9 +51,9 @@ def noted_negation(x):
 # --- Tensors that are not what lies in their memory ---
 
 
-@pairwise(path=PATHS, name=TENSORS, grad_in_forward=MODES)
-def test_a_negation_that_pytorch_only_noted(device, name, grad_in_forward):
-    given = arguments(device)
+@pairwise(path=PATHS, name=TENSORS, grad_in_forward=MODES, soft=SOFT)
+def test_a_negation_that_pytorch_only_noted(device, name, grad_in_forward, soft):
+    given = arguments(device, soft=soft)
     lazy = given | {name: noted_negation(given[name])}
     for expected, actual in zip(
         loss_and_grad(given, grad_in_forward=grad_in_forward),
@@ -71,10 +74,10 @@ def test_the_imaginary_part_of_a_conjugate(device):
     assert torch.equal(z.grad.imag, -expected)
 
 
-@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, retain_graph=[False, True])
-def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_graph):
+@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, retain_graph=[False, True], soft=SOFT)
+def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_graph, soft):
     options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
-    given = arguments(device, reduction)
+    given = arguments(device, reduction, soft=soft)
     logits = given["logits"].requires_grad_()
     upstream = torch.linspace(-1, 2, 33, device=device) if reduction == "none" else torch.tensor(0.7, device=device)
     _, expected = loss_and_grad(given, upstream, **options)
@@ -84,17 +87,17 @@ def test_lazy_upstream_gradients(device, reduction, grad_in_forward, retain_grap
         torch.testing.assert_close(grad, factor * expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["logits", "margins", "normalizer"])
+@pytest.mark.parametrize("name", ["logits", "target", "margins", "logit_adjustment", "normalizer"])
 def test_zeros_that_pytorch_only_noted(device, name):
-    given = arguments(device)
+    given = arguments(device, soft=name == "target")
     zeros = torch.zeros_like(given[name])
     lazy = torch._efficientzerotensor(zeros.shape, device=device)
     assert torch.equal(lmf_loss(**(given | {name: lazy})), lmf_loss(**(given | {name: zeros})))
 
 
-@pairwise(name=TENSORS, layout=[torch.sparse_coo, "nested"])
-def test_other_layouts_are_refused(name, layout):
-    given = arguments("cpu")
+@pairwise(name=TENSORS, layout=[torch.sparse_coo, "nested"], soft=SOFT)
+def test_other_layouts_are_refused(name, layout, soft):
+    given = arguments("cpu", soft=soft)
     tensor = given[name]
     if layout == "nested":
         other = torch.nested.nested_tensor(list(tensor)) if tensor.ndim > 1 else torch.nested.nested_tensor([tensor])
@@ -114,10 +117,10 @@ def test_masked_tensors_are_refused(device, name):
         lmf_loss(**(given | {name: masked_tensor(given[name], given[name] > 0)}))
 
 
-@pytest.mark.parametrize("name", TENSORS[:-1])  # of a normalizer a copy is made, by PyTorch
-def test_the_kernels_refuse_tensors_whose_memory_was_freed(triton_device, name):
+@pairwise(name=TENSORS[:-1], soft=SOFT)  # of a normalizer a copy is made, by PyTorch
+def test_the_kernels_refuse_tensors_whose_memory_was_freed(triton_device, name, soft):
     """Their address is 0: on a GPU, reading it would take the whole process's context down."""
-    given = arguments(triton_device)
+    given = arguments(triton_device, soft=soft)
     given[name].untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=f"{name} must have its values in memory of its own"):
         lmf_loss(**given)
@@ -133,11 +136,11 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pairwise(name=TENSORS, sharded=[True, False])
-def test_dtensors_are_refused(mesh, name, sharded):
+@pairwise(name=TENSORS, sharded=[True, False], soft=SOFT)
+def test_dtensors_are_refused(mesh, name, sharded, soft):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    given = arguments("cpu")
+    given = arguments("cpu", soft=soft)
     placement = Shard(0) if sharded and name in ("logits", "target") else Replicate()
     distributed = DTensor.from_local(given[name], mesh, [placement], run_check=False)
     with pytest.raises(TypeError, match=rf"(logits|{name}) must be an ordinary tensor.*to_local.*full_tensor"):
@@ -195,9 +198,9 @@ def test_no_size_is_tested_by_in(source):
 # --- What a user hands in stays the user's ---
 
 
-@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, scale=[1.0, 30.0])
-def test_no_argument_is_written_to(device, reduction, grad_in_forward, scale):
-    given = arguments(device, reduction)
+@pairwise(reduction=REDUCTIONS, grad_in_forward=MODES, scale=[1.0, 30.0], soft=SOFT)
+def test_no_argument_is_written_to(device, reduction, grad_in_forward, scale, soft):
+    given = arguments(device, reduction, soft=soft)
     upstream = torch.full((33,) if reduction == "none" else (), 0.3, device=device)
     before = {name: tensor.clone() for name, tensor in given.items()} | {"upstream": upstream.clone()}
     versions = {name: tensor._version for name, tensor in given.items()}
@@ -306,10 +309,10 @@ OTHER_FORMS = {
 }
 
 
-@pairwise(form=OTHER_FORMS, reduction=["none", "mean"], grad_in_forward=MODES, expanded=[False, True])
-def test_hooks_may_give_back_the_values_in_another_form(device, form, reduction, grad_in_forward, expanded):
+@pairwise(form=OTHER_FORMS, reduction=["none", "mean"], grad_in_forward=MODES, expanded=[False, True], soft=SOFT)
+def test_hooks_may_give_back_the_values_in_another_form(device, form, reduction, grad_in_forward, expanded, soft):
     """What they store stays as it is; what they give back is read as what it is."""
-    given = arguments(device, reduction)
+    given = arguments(device, reduction, soft=soft)
     if expanded:
         given["logits"] = given["logits"][:1].expand(33, 7)
     options = {"reduction": reduction, "grad_in_forward": grad_in_forward}
@@ -409,9 +412,10 @@ IN_PLACE = {
 }
 
 
-@pairwise(change=IN_PLACE, reduction=REDUCTIONS, shape=[(33, 7), (7,), (2, 5, 3, 4)], grad_in_forward=MODES)
-def test_the_loss_may_be_changed_in_place(device, shape, reduction, grad_in_forward, change):
-    case = make_case(shape, torch.float32).to(device)
+@pairwise(change=IN_PLACE, reduction=REDUCTIONS, shape=[(33, 7), (7,), (2, 5, 3, 4)], grad_in_forward=MODES, soft=SOFT)
+def test_the_loss_may_be_changed_in_place(device, shape, reduction, grad_in_forward, change, soft):
+    case = make_case(shape, torch.float32)
+    case = (with_probabilities(case) if soft else case).to(device)
 
     def gradient(in_place: bool):
         logits = case.logits.detach().clone().requires_grad_()
@@ -424,9 +428,9 @@ def test_the_loss_may_be_changed_in_place(device, shape, reduction, grad_in_forw
     torch.testing.assert_close(gradient(True), gradient(False))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_loss_without_gradient_may_be_changed_in_place(device, reduction):
-    given = arguments(device, reduction)
+@pairwise(reduction=REDUCTIONS, soft=SOFT)
+def test_a_loss_without_gradient_may_be_changed_in_place(device, reduction, soft):
+    given = arguments(device, reduction, soft=soft)
     with torch.no_grad():
         loss = lmf_loss(**given, reduction=reduction)
         expected = 3 * loss

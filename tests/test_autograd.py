@@ -10,6 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from lmf_triton import FocalLoss, LMFLoss, devices, ldam_margins, lmf_loss, plain
 from lmf_triton.autograd import LMFFunction
 from lmf_triton.fused import launch
+from lmf_triton.plain import indices
 from reference import lmf as reference
 
 MODES = [True, False]
@@ -288,7 +289,7 @@ def test_the_cpu_path_works_through_chunks(monkeypatch):
         for reduction in REDUCTIONS:
             case = make_case(shape, torch.float64, reduction=reduction)
             whole = evaluate(case)
-            monkeypatch.setattr(plain, "CHUNK_ELEMENTS", 2 * case.logits[0].numel())
+            monkeypatch.setattr(indices, "CHUNK_ELEMENTS", 2 * case.logits[0].numel())
             pieces = evaluate(case)
             monkeypatch.undo()
             monkeypatch.setattr(devices, "backend_of", lambda logits: plain)

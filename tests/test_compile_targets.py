@@ -63,19 +63,22 @@ if __name__ == "__main__":
 
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), "gfx942"
 DTYPES = ("bfloat16", "float16", "float32")
-# As the package would choose: float16 computes its gradient in backward.
+# As the package would choose: float16 computes its gradient in backward. The kernel of class probabilities is large:
+# not every dtype of it for every target.
 CASES = [
     (problem, dtype, target, dtype == "float16", 1.0)
     for problem in PROBLEMS
     for dtype in DTYPES
     for target in (*NVIDIA, AMD)
+    if not problem.startswith("soft") or dtype == "bfloat16" or target == "sm_90"
 ]
 # The other choice, two exponentials an element, and float64: problems of each kind.
 KINDS = ["tiny", "large_1k_bf16", "large_32k_bf16", "large_64k_bf16", "few_256k_bf16", "short_7", "short_256"]
 KINDS += ["dense_19"]
+SOFT_KINDS = ["soft_8", "soft_1k_bf16", "soft_128k_bf16", "soft_dense_19"]
 CASES += [
     *((problem, "bfloat16", "sm_90", True, 1.0) for problem in KINDS),
-    *((problem, "bfloat16", "sm_90", False, 30.0) for problem in KINDS),
+    *((problem, "bfloat16", "sm_90", False, 30.0) for problem in [*KINDS, *SOFT_KINDS]),
     *((problem, "float16", "sm_90", False, 1.0) for problem in KINDS),
     # Clusters with two exponentials an element, and in float64; and its loop, where there are none.
     *(("large_128k_bf16", "bfloat16", target, False, 30.0) for target in NVIDIA),
@@ -84,6 +87,7 @@ CASES += [
     ("large_32k_bf16", "bfloat16", "sm_100", False, 30.0),
     ("large_1k_bf16", "float64", "sm_90", False, 0.7),
     ("dense_19", "float64", "sm_90", True, 30.0),
+    *((problem, "float64", "sm_90", False, 1.0) for problem in SOFT_KINDS if problem != "soft_128k_bf16"),
 ]
 
 
@@ -103,7 +107,9 @@ RECORDED_SPILLS: dict[str, dict[str, int]] = {
         "forward 1x4096 float64 sm_90": 16,
         "forward 1x8192 float32 sm_100": 8,
     },
-    "3.9.0": {},
+    "3.9.0": {
+        "expectation 128x19 bfloat16 sm_100": 8,
+    },
 }
 
 
@@ -144,7 +150,8 @@ def count(report: dict, *prefixes: str, containing: str = "") -> int:
 def test_every_launch_compiles_for_every_target(reports):
     assert len({tuple(r["case"]) for r in reports}) == len(CASES)
     assert {r["kernel"] for r in reports} == {
-        *("totals_kernel", "summarise_kernel", "forward_kernel", "backward_kernel", "upstream_kernel")
+        *("totals_kernel", "summarise_kernel", "forward_kernel", "backward_kernel", "upstream_kernel"),
+        "expectation_kernel",
     }
 
 
@@ -158,6 +165,7 @@ def test_every_launch_compiles_for_every_target(reports):
         ("dense_19", "float32", ["totals", "forward", "upstream"]),
         ("large_1k_bf16", "float16", ["totals", "forward", "backward"]),
         ("few_256k_bf16", "bfloat16", ["summarise", "forward", "backward", "upstream"]),
+        ("soft_1k_bf16", "bfloat16", ["expectation", "upstream"]),
     ],
 )
 def test_number_of_launches(reports, problem, dtype, kernels):
@@ -238,6 +246,47 @@ def test_launches_with_a_normalizer_compile():
     lines = run_compiler(NORMALIZED).splitlines()
     assert len(lines) == 3 * len((*NVIDIA, AMD))
     assert not any("totals_kernel" in line for line in lines)
+
+
+SHARES = """
+from benchmarks.compiled import DEVICES, LMF, PROBLEMS, TARGETS, compile_launch, recorded_launches, report
+
+# A row in a tile, on a cluster or in a loop, classes strided; probabilities and indices; with all that is per class.
+for name in "soft_1k_bf16", "soft_128k_bf16", "soft_dense_19", "large_1k_bf16", "large_128k_bf16", "dense_19":
+    for scale in 1.0, 30.0:
+        options = LMF._replace(label_smoothing=0.1, scale=scale)
+        for target in ["sm_90", *(["gfx942"] if scale == 1 and name.startswith("soft") else [])]:
+            launches = recorded_launches(PROBLEMS[name], options, per_class=True, device=DEVICES[target])
+            (forward,) = [launch for launch in launches if launch.kernel == "expectation_kernel"]
+            compiled = compile_launch(forward, TARGETS[target])
+            if target != "gfx942":
+                assert report(compiled).count("DADD", "DMUL", "DFMA", "DSETP") == 0, (name, target)
+            print(name, scale, target, *(launch.kernel for launch in launches))
+"""
+
+
+def test_launches_with_shares_of_classes_compile():
+    """Only with indices does a pass over the targets go first."""
+    lines = run_compiler(SHARES).splitlines()
+    assert len(lines) == 6 * 2 + 3
+    assert all(("totals_kernel" in line) == (not line.startswith("soft")) for line in lines)
+
+
+ADJUSTED = """
+from benchmarks.compiled import LMF, PROBLEMS, TARGETS, compile_launch, recorded_launches
+
+for name in "large_1k_bf16", "few_256k_bf16", "dense_19":
+    for options in LMF, LMF._replace(beta=0.0, scale=30.0):
+        launches = recorded_launches(PROBLEMS[name], options, recompute=True, per_class=True)
+        for launch in launches:
+            compile_launch(launch, TARGETS["sm_90"])
+        print(*(launch.kernel for launch in launches))
+"""
+
+
+def test_launches_with_adjusted_indices_compile():
+    """By the kernels for indices, where there is one softmax."""
+    assert "expectation_kernel" not in run_compiler(ADJUSTED)
 
 
 def test_options_of_float64_logits_are_not_rounded_to_float32(reports):
@@ -329,6 +378,25 @@ def test_eviction_hints_of_a_loop(reports):
     r = find(reports, "large_64k_bf16", "bfloat16", "sm_80", False, 1.0)
     assert count(r, "LDG", containing=".EL") == count(r, "LDG", containing=".EF") == wide_accesses(r)
     assert stores_once(r) and count(r, "STG", containing=".EF") >= wide_accesses(r)
+
+
+def test_logits_and_probabilities_are_read_once_and_16_bytes_at_a_time(reports):
+    """In a tile or on a cluster; in a loop the logits three times and the probabilities twice."""
+    checked = set()
+    for r in of_nvidia(reports, "expectation_kernel"):
+        if not is_aligned(r) or r["case"][3] or r["case"][4] != 1 or r["arguments"]["target_stride_class"] != 1:
+            continue
+        elements = r["arguments"]["BLOCK_ROWS"] * r["arguments"]["BLOCK_CLASSES"]
+        of_targets = elements * (2 if r["case"][0].endswith("k_bf16") and r["case"][0] != "soft_1k_bf16" else 4)
+        of_targets //= 16 * 32 * r["num_warps"] * r["num_ctas"]
+        is_loop = r["arguments"]["CLASS_BLOCKS"] > 1
+        expected = 3 * wide_accesses(r) + 2 * of_targets if is_loop else wide_accesses(r) + of_targets
+        per_class = elements // r["arguments"]["BLOCK_ROWS"] * 4 // 16  # margins, for each thread at most
+        assert expected <= count(r, "LDG", containing=".128") <= (3 if is_loop else 1) * (expected + per_class), r[
+            "case"
+        ]
+        checked.add((r["case"][0], r["case"][1], is_loop))
+    assert len(checked) >= 6
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])

@@ -12,9 +12,16 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from lmf_triton import DeferredReweighting, LMFLoss, class_balanced_weights, ldam_margins
+from lmf_triton import (
+    DeferredReweighting,
+    LMFLoss,
+    class_balanced_weights,
+    count_classes,
+    ldam_margins,
+    log_prior_adjustment,
+)
 
-FUNCTIONS = [ldam_margins, class_balanced_weights, lambda counts: LMFLoss(counts).margins]
+FUNCTIONS = [ldam_margins, class_balanced_weights, log_prior_adjustment, lambda counts: LMFLoss(counts).margins]
 COUNTS = [120, 113, 7, 2]  # as small as int8 holds them
 SEQUENCES = {
     "list": list,
@@ -57,7 +64,7 @@ SEQUENCES = {
 
 
 @pytest.mark.parametrize("convert", SEQUENCES.values(), ids=SEQUENCES)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["margins", "weights", "LMFLoss"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["margins", "weights", "priors", "LMFLoss"])
 def test_counts_in_the_order_of_the_logits(function, convert):
     counts = convert(COUNTS)
     assert torch.equal(function(counts), function([int(count) for count in list(counts)]))
@@ -231,7 +238,7 @@ WRONG_COUNTS = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("counts", "error", "quoted"), WRONG_COUNTS.values(), ids=WRONG_COUNTS)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["margins", "weights", "LMFLoss"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["margins", "weights", "priors", "LMFLoss"])
 def test_an_error_is_about_the_counts(function, counts, error, quoted):
     with pytest.raises(error, match="class_counts must") as caught:
         function(counts)
@@ -256,3 +263,79 @@ def test_what_the_errors_advise_is_accepted():
         table.set_index("index")["n"],
     ):
         assert torch.equal(ldam_margins(advised), expected)
+
+
+# From labels.
+
+SEEN = [0, 3, 3, 1, 0, 0]
+LABELS_IN_FORMS = {
+    "list": lambda y: y,
+    "tuple": tuple,
+    "array": np.array,
+    "pandas column": lambda y: pd.Series(y).to_numpy(),
+    "tensor": torch.tensor,
+    "images": lambda y: torch.tensor(y).view(1, 2, 3),
+    "transposed": lambda y: torch.tensor(y).view(2, 3).t(),
+    "every second": lambda y: torch.tensor(y).repeat_interleave(2)[::2],
+    "negation noted": lambda y: torch._neg_view(-torch.tensor(y)),
+    **{
+        str(dtype): lambda y, dtype=dtype: torch.tensor(y).to(dtype)
+        for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64)
+    },
+}
+
+
+@pytest.mark.parametrize("convert", LABELS_IN_FORMS.values(), ids=LABELS_IN_FORMS)
+def test_classes_are_counted(convert):
+    counts = count_classes(convert(SEEN), 4)
+    assert counts.tolist() == [3, 1, 0, 2]
+    assert counts.dtype == torch.int64
+    assert count_classes(convert(SEEN), 5).tolist() == [3, 1, 0, 2, 0]
+
+
+def test_labels_that_do_not_count():
+    labels = torch.tensor([0, -100, 3, 255, -1])
+    assert count_classes(labels.masked_fill(labels > 3, -100).clamp_min(-100)[:4], 4).tolist() == [1, 0, 0, 1]
+    assert count_classes(labels[[0, 2, 3]], 4, ignore_index=255).tolist() == [1, 0, 0, 1]
+    assert count_classes([0, 1, 1, 3], 4, ignore_index=1).tolist() == [1, 0, 0, 1]
+    assert count_classes(torch.tensor([0, 156], dtype=torch.uint8), 200).tolist()[156] == 1  # -100 of int8
+
+
+@pytest.mark.parametrize("labels", [[], torch.empty(0, dtype=torch.long), torch.empty(2, 0, dtype=torch.uint8)])
+def test_no_labels(labels):
+    assert count_classes(labels, 3).tolist() == [0, 0, 0]
+
+
+def test_one_label():
+    assert count_classes(torch.tensor(2), 3).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "quoted"),
+    [
+        (([0, 4], 4), {}, IndexError, r"\[0, 4\).*ignore_index=-100, got 4 at index \[1\]"),
+        (([[0, 1], [-1, 0]], 4), {}, IndexError, r"got -1 at index \[1, 0\]"),
+        (([0.0, 1.0], 4), {}, TypeError, "integer dtype, got torch.float32"),
+        ((torch.ones(2, 3), 3), {}, TypeError, r"target\.argmax\(1\)"),
+        ((torch.ones(2, dtype=torch.bool), 3), {}, TypeError, "torch.bool"),
+        ((torch.ones(2).long().to_sparse(), 3), {}, TypeError, "dense"),
+        ((None, 3), {}, TypeError, "torch.as_tensor makes one of, got NoneType"),
+        (("01", 3), {}, TypeError, "got str"),
+        ((iter([0, 1]), 3), {}, TypeError, "got list_iterator"),
+        (([[0], [1, 2]], 3), {}, TypeError, "got list"),
+        ((torch.ones(2, dtype=torch.long, device="meta"), 3), {}, TypeError, "cannot be read"),
+        (([0, 1], 0), {}, ValueError, "n_classes must be at least 1, got 0"),
+        (([0, 1], 2.0), {}, TypeError, "n_classes must be an integer, got 2.0"),
+        (([0, 1], 2), {"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    ],
+)
+def test_labels_that_are_refused(arguments, options, error, quoted):
+    with pytest.raises(error, match=quoted):
+        count_classes(*arguments, **options)
+
+
+def test_counts_of_labels_are_class_counts():
+    labels = torch.arange(60) % 3
+    torch.testing.assert_close(ldam_margins(count_classes(labels, 3)), torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match="for class 3"):
+        LMFLoss(count_classes(labels, 4))

@@ -287,8 +287,8 @@ def test_operators_pass_opcheck(path, layout, reduction, keep):
     n_coefs = 4 if path == "kernel" and keep == "coefs" else 0
     per_class = [torch.rand(logits.shape[min(logits.ndim - 1, 1)]) + 0.5 for _ in range(2)]
     normalizer = torch.tensor([5.0, 4.0]) if reduction.startswith("mean") else None
-    numbers = torch.tensor([1.0, 1.0, 1.5, 1.0], dtype=torch.float64)
-    problem = (logits, target, *per_class, normalizer, numbers, -100, reduction)
+    numbers = torch.tensor([1.0, 1.0, 1.5, 1.0, 0.0], dtype=torch.float64)
+    problem = (logits, target, *per_class, None, normalizer, numbers, -100, reduction)
     loss, _, coefs, link = torch.ops.lmf_triton.forward(*problem, False, keep == "gradient", n_coefs)
     upstream = torch.rand(loss.shape)
     calls = [

@@ -115,6 +115,53 @@ def test_forward_blocks(itemsize, class_contiguous, aligned, two, device):
             assert config.block_classes - tile < n_classes  # no tile of padding
 
 
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("class_contiguous", [True, False])
+@pytest.mark.parametrize("n_softmaxes", [1, 2])
+@pytest.mark.parametrize("device", [A100, H100], ids=["A100", "H100"])
+def test_expectation_blocks(itemsize, class_contiguous, n_softmaxes, device):
+    size = n_softmaxes * launch.EXPECTATION_SIZE[itemsize]
+    for n_rows, n_classes, n_groups in itertools.product([1, 5, 32, 4096, 2**22], SIZES, [1, 8]):
+        config = launch.expectation_config(
+            *(n_groups, n_rows, n_classes, itemsize, device),
+            class_contiguous=class_contiguous, n_softmaxes=n_softmaxes,
+        )  # fmt: skip
+        tile, rest = divmod(config.block_classes, config.class_tiles)
+        assert rest == 0
+        assert all(map(is_power_of_2, (config.block_rows, tile, config.num_warps, config.num_ctas)))
+        assert 1 <= config.num_warps <= launch.MAX_WARPS
+        assert config.num_ctas == 1 or (config.num_ctas <= device.max_ctas and class_contiguous)
+        assert config.class_parts == 1
+        # A thread has at most 32 elements of one softmax in float32, half of what forward_kernel's has.
+        n_threads = 32 * config.num_warps * config.num_ctas
+        assert config.block_rows * config.block_classes * size <= n_threads * 32
+        assert config.n_programs(n_groups, n_rows) * config.block_rows >= n_groups * n_rows
+        if class_contiguous and n_classes <= launch.MAX_CTA_CLASSES[4] // 4 // size * device.max_ctas:
+            assert config.block_classes >= n_classes  # one pass over the logits
+        if class_contiguous and config.block_classes >= n_classes:
+            assert config.block_classes - tile < n_classes  # no tile of padding
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "n_softmaxes", "num_ctas"),
+    [
+        (1000, 1, 1),
+        (4096, 1, 1),
+        (4097, 1, 2),  # half of the registers of two multiprocessors
+        (32769, 1, 8),
+        (65536, 1, 8),
+        (65537, 1, 1),  # looped over
+        (32768, 2, 8),
+        (32769, 2, 1),
+    ],
+)
+def test_clusters_hold_long_rows_of_shares(n_classes, n_softmaxes, num_ctas):
+    for n_rows in 1, 16, 4096:
+        config = launch.expectation_config(1, n_rows, n_classes, 4, H100, n_softmaxes=n_softmaxes)
+        assert config.num_ctas == num_ctas
+        assert (config.block_classes < n_classes) == (num_ctas == 1 and n_classes > 4096)
+
+
 @pytest.mark.parametrize(
     ("capability", "triton_version", "max_ctas"),
     [

@@ -8,19 +8,22 @@ import pytest
 import torch
 from oracle import make_case
 
-from lmf_triton import FocalLoss, LDAMLoss, LMFLoss, ldam_margins, lmf_loss
+from lmf_triton import FocalLoss, LDAMLoss, LMFLoss, ldam_margins, lmf_loss, log_prior_adjustment
 
 COUNTS = [500, 100, 50, 20, 10, 5, 2]
 WEIGHT = torch.linspace(0.5, 2.0, 7)
+ADJUSTMENT = log_prior_adjustment(COUNTS)
 
 
 def test_lmf_loss_module(triton_device):
     device, case = triton_device, make_case((33, 7), torch.float32).to(triton_device)
     settings = {"alpha": 1.5, "beta": 0.5, "gamma": 2.0, "scale": 30.0, "ignore_index": 3, "reduction": "mean_per_term"}
+    settings["label_smoothing"] = 0.1
     case.target[1] = 3
-    module = LMFLoss(COUNTS, max_margin=0.3, weight=WEIGHT, **settings).to(device)
+    module = LMFLoss(COUNTS, max_margin=0.3, weight=WEIGHT, logit_adjustment=ADJUSTMENT, **settings).to(device)
     margins = ldam_margins(COUNTS, max_margin=0.3).to(device)
-    expected = lmf_loss(case.logits, case.target, margins, weight=WEIGHT.to(device), **settings)
+    per_class = {"weight": WEIGHT.to(device), "logit_adjustment": ADJUSTMENT.to(device)}
+    expected = lmf_loss(case.logits, case.target, margins, **per_class, **settings)
     assert torch.equal(module(case.logits, case.target), expected)
 
 
@@ -40,11 +43,18 @@ def test_focal_loss_module(triton_device):
 
 
 @pytest.mark.parametrize(
-    "module", [LMFLoss(COUNTS, weight=WEIGHT), LDAMLoss(COUNTS), FocalLoss(weight=WEIGHT)], ids=str
+    "module",
+    [
+        LMFLoss(COUNTS, weight=WEIGHT),
+        LMFLoss(COUNTS, logit_adjustment=ADJUSTMENT),
+        LDAMLoss(COUNTS),
+        FocalLoss(weight=WEIGHT, logit_adjustment=ADJUSTMENT),
+    ],
+    ids=str,
 )
 def test_buffers(module):
     """Buffers follow .to() and state_dict, and are no parameters."""
-    names = {name for name in ("margins", "weight") if getattr(module, name) is not None}
+    names = {name for name in ("margins", "weight", "logit_adjustment") if getattr(module, name) is not None}
     assert set(module.state_dict()) == names == {name for name, _ in module.named_buffers()}
     assert not list(module.parameters())
     assert all(buffer.device.type == "meta" for buffer in copy.deepcopy(module).to("meta").buffers())
@@ -61,10 +71,11 @@ def test_buffers(module):
 def test_repr_shows_the_settings():
     assert repr(LMFLoss([4, 1], alpha=1.5, scale=30.0)) == (
         "LMFLoss(n_classes=2, alpha=1.5, beta=1.0, gamma=1.5, max_margin=0.5, scale=30.0, ignore_index=-100, "
-        "reduction='mean', check_target=False, weight=None)"
+        "reduction='mean', label_smoothing=0.0, check_target=False, weight=None, logit_adjustment=None)"
     )
     assert repr(FocalLoss(gamma=2.0, weight=torch.tensor([0.5, 2.0]))) == (
-        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', check_target=False, weight=(2,))"
+        "FocalLoss(gamma=2.0, ignore_index=-100, reduction='mean', label_smoothing=0.0, check_target=False, "
+        "weight=(2,), logit_adjustment=None)"
     )
 
 
@@ -113,6 +124,7 @@ def test_every_setting_that_is_accepted_has_an_effect(module):
     """And none is shown that has none. What ``check_target`` does is another test's: these targets are right."""
     values = {"alpha": 2.0, "beta": 0.3, "gamma": 3.0, "scale": 4.0, "ignore_index": 2, "reduction": "sum"}
     values |= {"margins": torch.linspace(0, 3, 7), "weight": WEIGHT}
+    values |= {"label_smoothing": 0.25, "logit_adjustment": ADJUSTMENT}
     logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
     target = torch.arange(9) % 7
     shown = {part.split("=")[0] for part in module.extra_repr().split(", ")} - {
@@ -129,7 +141,7 @@ def test_every_setting_that_is_accepted_has_an_effect(module):
             assert name not in shown
         else:
             assert not torch.equal(changed(logits, target), module(logits, target)), name
-            assert name not in shown or name == "weight" or f"{name}={value!r}" in repr(changed)
+            assert name not in shown or isinstance(value, torch.Tensor) or f"{name}={value!r}" in repr(changed)
 
 
 def test_a_subclass_has_the_attributes_that_it_wants():

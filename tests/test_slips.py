@@ -53,10 +53,14 @@ SLIPS = {
     "float64": Slip("logits", "target.double()", "target.long()", SHAPES),
     "mask": Slip("logits", "target.bool()", "target.long()"),
     "one-hot": Slip("logits", f"{ONE_HOT}.movedim(-1, min(1, logits.ndim - 1))", "target.argmax({axis})", SHAPES),
+    "one-hot, as probabilities": Slip("logits", f"{ONE_HOT}.movedim(-1, min(1, logits.ndim - 1))", "target.float()"),
     "one-hot of bools": Slip("logits", f"{ONE_HOT}.movedim(-1, 1).bool()", "target.int().argmax(1)"),
+    "one-hot of bools, as probabilities": Slip("logits", f"{ONE_HOT}.movedim(-1, 1).bool()", "target.float()"),
     "one-hot of uint8": Slip("logits", f"{ONE_HOT}.movedim(-1, 1).byte()", "target.argmax(1)"),
-    "one-hot of floats": Slip("logits", f"{ONE_HOT}.movedim(-1, 1).float()", "target.argmax(1)"),
     "one-hot, classes last": Slip("logits", ONE_HOT, "target.argmax(-1)", SHAPES[2:]),
+    "one-hot, classes last, as probabilities": Slip("logits", ONE_HOT, "target.movedim(-1, 1).float()", SHAPES[2:]),
+    "probabilities, classes last": Slip("logits", f"{ONE_HOT}.double()", "target.movedim(-1, 1)", SHAPES[2:]),
+    "probabilities, transposed": Slip("logits", f"{ONE_HOT}.T.float()", "target.T", [(5, 7)]),
     "one-hot of bools, classes last": Slip("logits", f"{ONE_HOT}.bool()", "target.int().argmax(-1)", SHAPES[2:]),
     "one-hot of floats, classes last": Slip("logits", f"{ONE_HOT}.half()", "target.argmax(-1)", SHAPES[2:]),
     "one-hot, transposed": Slip("logits", f"{ONE_HOT}.T", "target.argmax(0)", [(5, 7)]),
@@ -86,6 +90,14 @@ def error_of(*arguments, **options) -> str:
     return message
 
 
+def warning_of(*arguments) -> str:
+    """What the loss says where it is right all the same: one class has probability 1."""
+    with pytest.warns(UserWarning, match="the loss of logits with a single class is 0") as caught:
+        assert lmf_loss(*arguments) == 0
+    assert caught[0].filename == __file__
+    return str(caught[0].message)
+
+
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_the_advice_gives_the_loss_that_was_meant(device, name, shape):
     case = make_case(shape, torch.float32).to(device)
@@ -95,7 +107,6 @@ def test_the_advice_gives_the_loss_that_was_meant(device, name, shape):
     advice = slip.advice.format(axis=min(1, len(shape) - 1))
     message = error_of(**given)
     assert advice in message
-    assert ("class probabilities are not supported yet" in message) == ("one-hot of floats" in name)
     if advice.startswith(("logits.", "target.", "torch.")):  # not words
         right = dict(given)
         for code in advice.split(" and "):
@@ -113,9 +124,9 @@ def test_probabilities_as_logits_are_not_guessed_at(device):
     torch.testing.assert_close(lmf_loss(logits, target, alpha=0, gamma=0), F.cross_entropy(logits, target))
 
 
-def test_soft_targets_are_refused(device):
-    message = error_of(torch.zeros(2, 2, device=device), PROBABILITIES.to(device))
-    assert "class probabilities are not supported yet, give the class of each sample, target.argmax(1)" in message
+def test_probabilities_that_require_a_gradient_are_refused(device):
+    target = PROBABILITIES.to(device).requires_grad_()
+    assert "give target.detach()" in error_of(torch.zeros(2, 2, device=device), target)
 
 
 @pytest.mark.parametrize("target", [torch.tensor([5, 1]), torch.ones(2, 5), torch.ones(7, 7, dtype=torch.long)])
@@ -126,9 +137,9 @@ def test_where_nobody_can_tell_there_is_no_advice(target):
 
 BINARY = {
     "column": lambda x, y: error_of(x, y[:, None]),
-    "BCE's column": lambda x, y: error_of(x, y[:, None].float()),
+    "BCE's column": lambda x, y: warning_of(x, y[:, None].float()),
     "floats": lambda x, y: error_of(x, y.float()),
-    "images": lambda x, y: error_of(x[..., None, None].expand(4, 1, 3, 3), torch.ones(4, 1, 3, 3)),
+    "images": lambda x, y: warning_of(x[..., None, None].expand(4, 1, 3, 3), torch.ones(4, 1, 3, 3)),
     "margins of two classes": lambda x, y: error_of(x, torch.zeros_like(y), ldam_margins([3, 1])),
     "weights of two classes": lambda x, y: error_of(x, torch.zeros_like(y), weight=torch.ones(2)),
 }
@@ -165,7 +176,7 @@ PER_CLASS = {
 }
 
 
-@pairwise(path=PATHS, name=["margins", "weight"], slip=PER_CLASS)
+@pairwise(path=PATHS, name=["margins", "weight", "logit_adjustment"], slip=PER_CLASS)
 def test_margins_and_weights(device, name, slip):
     given, advice = slip
     given = given.to(device) if isinstance(given, torch.Tensor) else given
@@ -177,11 +188,11 @@ def test_margins_and_weights(device, name, slip):
     assert torch.equal(lmf_loss(logits, target, **{name: right}), expected)
 
 
-@pytest.mark.parametrize("name", ["target", "margins", "weight"])
+@pytest.mark.parametrize("name", ["target", "margins", "weight", "logit_adjustment"])
 def test_another_device(name):
     """A meta tensor stands for one on a GPU. No value is asked for: it has none."""
     given = {"logits": torch.zeros(2, 3), "target": torch.tensor([0, 2]), "margins": torch.ones(3), "weight": None}
-    given |= {"weight": given["margins"]}
+    given |= {"weight": given["margins"], "logit_adjustment": given["margins"]}
     message = error_of(**given | {name: given[name].to("meta")})
     assert f"device of logits, cpu, got meta: give {name}.to(logits.device)" in message
     assert ("criterion.to('cpu')" in message) == (name != "target")
@@ -197,4 +208,4 @@ def test_no_value_is_read_for_an_advice():
     """On the meta device there is none."""
     logits, target = torch.empty(5, 7, 1, 1, device="meta"), torch.empty(5, device="meta", dtype=torch.long)
     assert "logits.flatten(1)" in error_of(logits, target)
-    assert "argmax(1)" in error_of(logits, torch.empty(5, 7, 1, 1, device="meta"))
+    assert "argmax(-1)" in error_of(logits, torch.empty(5, 1, 1, 7, device="meta"))

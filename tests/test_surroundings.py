@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import make_case, pairwise
+from oracle import make_case, pairwise, with_probabilities
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -18,6 +18,7 @@ from lmf_triton import (
     class_balanced_weights,
     ldam_margins,
     lmf_loss,
+    log_prior_adjustment,
 )
 
 INTEGERS = [70000, 6705, 1113, 142, 1]  # 70000 is beyond float16, 6705 beyond bfloat16's precision
@@ -67,9 +68,11 @@ def test_margins_and_weights_are_the_same_to_the_bit(surroundings, counts):
         ldam_margins,
         lambda c: ldam_margins(c, constant=0.7),
         class_balanced_weights,
+        log_prior_adjustment,
         lambda c: LMFLoss(c, weight=WEIGHT).margins,
         lambda c: LDAMLoss(c, max_margin=0.3).margins,
         lambda c: LMFLoss(c, weight=WEIGHT).weight,
+        lambda c: FocalLoss(logit_adjustment=WEIGHT).logit_adjustment,
     )
     expected = [function(counts) for function in functions]
     with surroundings():
@@ -104,9 +107,11 @@ def test_a_schedule_made_and_stepped_there(surroundings):
     dtype=[torch.bfloat16, torch.float32, torch.float64],
     reduction=["none", "mean_per_term"],
     scale=[1.0, 30.0],
+    soft=[False, True],
 )
-def test_loss_and_gradient_are_the_same_to_the_bit(device, surroundings, reduction, dtype, scale):
-    case = make_case((33, 7), dtype, reduction=reduction).to(device)
+def test_loss_and_gradient_are_the_same_to_the_bit(device, surroundings, reduction, dtype, scale, soft):
+    case = make_case((33, 7), dtype, reduction=reduction)
+    case = (with_probabilities(case) if soft else case).to(device)
     weight = torch.linspace(0.5, 2.0, 7, device=device)
 
     def loss_and_grad(with_grad=True):

@@ -17,8 +17,10 @@ from lmf_triton import (
     LDAMLoss,
     LMFLoss,
     class_balanced_weights,
+    count_classes,
     ldam_margins,
     lmf_loss,
+    log_prior_adjustment,
 )
 
 Normalizer = float | Tensor | tuple[float | Tensor, float | Tensor]
@@ -64,6 +66,8 @@ def margins_and_weights(target: Tensor) -> tuple[Tensor, Tensor]:
         ldam_margins(deque(as_list)),
         ldam_margins(array("l", as_list)),
         ldam_margins(torch.bincount(target, minlength=N_CLASSES)),
+        ldam_margins(count_classes(target, N_CLASSES)),
+        ldam_margins(count_classes(labels, N_CLASSES, ignore_index=-1)),
     ):
         assert_type(margins, Tensor)
     weights = assert_type(class_balanced_weights(as_list, beta=0.999), Tensor)
@@ -129,12 +133,16 @@ def by_the_function(target: Tensor, logits: Tensor) -> Tensor:
         weight=weights,
         ignore_index=-1,
         reduction="mean_per_term",
+        label_smoothing=0.1,
+        logit_adjustment=log_prior_adjustment(torch.bincount(target), tau=0.5),
         normalizer=(weights[target].sum(), len(target)),
         grad_in_forward=False,
         check_target=True,
     )
     parts = [lmf_loss(logits[i::2], target[i::2], normalizer=len(target)) for i in range(2)]
-    return per_sample.mean() + total + mean + parts[0] + parts[1]
+    one_hot = nn.functional.one_hot(target, N_CLASSES).float()
+    mixed = assert_type(lmf_loss(logits, 0.75 * one_hot + 0.25 * one_hot.flip(0), margins), Tensor)
+    return per_sample.mean() + total + mean + mixed + parts[0] + parts[1]
 
 
 def accumulate(criterion: LMFLoss | LDAMLoss | FocalLoss, inputs: Tensor, target: Tensor) -> Tensor:
@@ -163,14 +171,19 @@ def main() -> None:
         weight=class_balanced_weights(counts),
         ignore_index=-1,
         reduction="mean_per_term",
+        label_smoothing=0.1,
+        logit_adjustment=log_prior_adjustment(counts),
         check_target=False,
     )
     assert_type(lmf(inputs[:, :N_CLASSES], target), Tensor)
     lmf.gamma, lmf.ignore_index, lmf.reduction, lmf.weight = 2, -100, "mean", None
+    lmf.label_smoothing, lmf.logit_adjustment = 0, None
     lmf.margins = ldam_margins(counts, max_margin=0.5)
     print(lmf, settings_of(lmf))
     ldam = LDAMLoss(counts.tolist(), max_margin=0.5, scale=30.0, weight=None, ignore_index=-100, reduction="mean")
-    focal = FocalLoss(gamma=2.0, weight=torch.ones(N_CLASSES), ignore_index=-100, reduction="mean")
+    focal = FocalLoss(
+        gamma=2.0, weight=torch.ones(N_CLASSES), reduction="mean", label_smoothing=0.1, logit_adjustment=None
+    )
     annealed = AnnealedFocalLoss(0.25, final_gamma=0.5, gamma=focal.gamma)
     print([train(criterion, start_epoch=2) for criterion in (lmf, ldam, focal, annealed, nn.CrossEntropyLoss())])
     print(annealed.gamma + ldam.scale + ldam.max_margin + annealed.alpha)
