@@ -99,7 +99,10 @@ def test_long_rows(triton_device, layout, dtype, scale, kind, monkeypatch):
     plans = []
     plan = launch.plan_expectation.__wrapped__
     monkeypatch.setattr(launch, "plan_expectation", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1])
-    case = make_soft(kind, (3, 1001), dtype, scale=scale).to(triton_device)
+    case = make_soft(kind, (3, 1001), dtype, scale=scale)
+    if dtype != torch.float64:  # of which the oracle, no more exact, would be further off than the kernel
+        case.logits[0, [5, 700]] = 12.0  # the largest twice, in different lanes of a loop
+    case = case.to(triton_device)
     loss, grad = evaluate(case)
     assert_accurate(case, loss, grad, roundings=2)
     (used,) = plans
