@@ -154,9 +154,8 @@ def evaluate(inputs: Inputs, options: LossOptions, grad: Tensor | None, upstream
         losses = [_evaluate_by_gaps(chunk, settings) for chunk in chunks]
 
     if options.rule.per_sample:
-        shape = (*logits.shape[:axis], *logits.shape[axis + 1 :])
         # No view, which autograd would not let a user change in place.
-        return torch.cat(losses).mul_(factor).resize_(shape)
+        return torch.cat(losses).mul_(factor).resize_(inputs.sample_shape)
     loss = factor * sum(reduction.total(each, on_host=on_host) for each in losses)
     return loss.to(dtype) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=dtype, device=logits.device)
 
