@@ -1,8 +1,9 @@
-"""The paper's experiment: train with each loss on equal terms, and write tables, pictures and every prediction.
+"""Which loss to train with: each on equal terms; tables, pictures, every prediction, and a recommendation at the end.
 
-``python -m benchmarks.accuracy --dataset fashion-mnist-lt --model cnn`` writes
-``benchmarks/results/accuracy/fashion-mnist-lt-cnn/``. Interrupted, the same command goes on where it stopped; with
-other images, labels, weights or settings it is refused, and so is a second one on the same folder.
+``python -m benchmarks.accuracy --dataset folder --data PATH`` compares the losses on your own images, which lie as
+``class/image.jpg``, and writes ``benchmarks/results/accuracy/folder-efficientnet-lite0-frozen/``. Interrupted, the same
+command goes on where it stopped; with other images, labels, weights or settings it is refused, and so is a second one on
+the same folder.
 """
 
 import argparse
@@ -10,10 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.accuracy import command, models, protocol, report, results
+from benchmarks.accuracy import command, compare, models, protocol, report, results, sweep
+from benchmarks.accuracy.methods import DEFAULT, METHODS, Setting
+from lmf_triton import log_prior_adjustment
 
 GRAD_CAM_SEED = 0
 
@@ -23,10 +27,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--losses",
         nargs="+",
-        choices=protocol.LOSSES,
-        default=protocol.DEFAULT_LOSSES,
+        choices=METHODS,
+        default=DEFAULT,
         metavar="LOSS",
-        help=f"of {', '.join(protocol.LOSSES)} (default: {' '.join(protocol.DEFAULT_LOSSES)})",
+        help=f"of {', '.join(METHODS)} (default: those that are not tuned; for these run benchmarks.accuracy.sweep "
+        "first)",
     )
     return parser.parse_args()
 
@@ -39,34 +44,51 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
     lost = {(loss, GRAD_CAM_SEED) for loss in losses if loss not in report.read_grad_cams(folder)}
     runs = {run.key: run for run in results.read_runs(folder, names) if run.key not in lost}
     pending = [key for key in keys if key not in runs]
+    chosen = sweep.choices(folder, pending)
+    trainings: dict[tuple[int, Setting], list[str]] = {}  # losses that differ only in what follows the training
+    for loss, seed in pending:
+        trainings.setdefault((seed, chosen[loss, seed]), []).append(loss)
     if pending:
         results.record_settings(folder, settings, command.environment(task))
-    for loss, seed in tqdm(pending, "losses x seeds", total=len(keys), initial=len(runs), unit="run"):
-        runs[loss, seed] = train_one(task, loss, seed, folder)
-        command.check_weights(task, settings)
-        results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
+    with tqdm(total=len(keys), initial=len(runs), desc="losses x seeds", unit="run") as progress:
+        for (seed, setting), of_training in trainings.items():
+            runs |= {run.key: run for run in train_one(task, setting, of_training, seed, folder)}
+            command.check_weights(task, settings)
+            results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
+            progress.update(len(of_training))
 
 
-def train_one(task: protocol.Task, loss: str, seed: int, folder: Path) -> results.Run:
-    """Train with one loss and seed, and look at the test part once."""
+def train_one(
+    task: protocol.Task, setting: Setting, losses: Sequence[str], seed: int, folder: Path
+) -> list[results.Run]:
+    """Train with one setting and seed, and look at the test part once for each of the losses that have it."""
     start = time.perf_counter()
     split = protocol.split(task.dataset, seed)
-    counts = protocol.class_counts(task.dataset, split.train)
-    criterion = protocol.make_criterion(loss, counts, **task.loss_options(counts))
-    schedule = protocol.make_schedule(loss, criterion, counts, task.epochs)
-    network, checkpoint = protocol.train(task, split, seed, criterion, schedule, f"{loss}, seed {seed}")
-    if seed == GRAD_CAM_SEED:
-        report.add_grad_cam(folder, loss, explain(task, split, network))
-    return results.Run(
-        loss=loss,
-        seed=seed,
-        indices=split.test,
-        labels=task.dataset.labels[split.test],
-        predicted=protocol.predict(network, task, split.test),
-        best_epoch=checkpoint.epoch,
-        validation_f1=checkpoint.validation_f1,
-        seconds=time.perf_counter() - start,
-    )
+    trained = protocol.train(task, split, seed, setting, f"{losses[0]}, seed {seed}")
+    log_prior = log_prior_adjustment(protocol.class_counts(task.dataset, split.train))
+    logits = protocol.predict_logits(trained.network, task, split.test)
+    runs = []
+    for loss in losses:
+        method = METHODS[loss]
+        decision = protocol.decide(task, split, trained, method)
+        if seed == GRAD_CAM_SEED:
+            report.add_grad_cam(folder, loss, explain(task, split, trained.network))
+        confidence, predicted = (logits - decision.tau * log_prior).double().softmax(1).max(1)
+        runs.append(
+            results.Run(
+                loss=loss,
+                seed=seed,
+                indices=split.test,
+                labels=task.dataset.labels[split.test],
+                predicted=predicted.numpy(),
+                confidence=np.round(confidence.numpy(), results.CONFIDENCE_DECIMALS),
+                choice=str(setting) if method.is_tuned else f"tau {decision.tau:g}" if len(method.taus) > 1 else "",
+                best_epoch=trained.epoch,
+                validation_f1=decision.validation_f1,
+                seconds=time.perf_counter() - start,
+            )
+        )
+    return runs
 
 
 def rarest_test_image(task: protocol.Task, split: protocol.Split) -> int:
@@ -83,22 +105,16 @@ def explain(task: protocol.Task, split: protocol.Split, network: nn.Module) -> d
 
 
 def write_report(task: protocol.Task, settings: dict, folder: Path) -> str:
-    """Tables and pictures of what the folder holds; returns the tables."""
-    dataset = task.dataset
-    splits = [protocol.split(dataset, seed) for seed in settings["seeds"]]
-    found = report.Results(
-        title=task.title,
-        class_names=dataset.class_names,
-        training_counts=tuple(tuple(protocol.class_counts(dataset, split.train)) for split in splits),
-        runs=tuple(results.read_runs(folder, dataset.class_names)),
-        note=test_note(dataset.is_test is not None, [len(split.test) for split in splits]),
-    )
-    tables = {"table1.md": report.table_1(found), "table2.md": report.table_2(found)}
-    for name, table in tables.items():
-        results.replace_file(folder / name, table.encode())
+    """Tables and pictures of what the folder holds; returns tables and recommendation."""
+    dataset, found = task.dataset, compare.read(folder)
+    written = report.tables(found)
+    for name, text in written.items():
+        results.replace_file(folder / name, text.encode())
     report.plot_rarest(found, folder / "rarest_classes.png")
+    report.plot_trade([found], folder / "trade.png")
     report.plot_confusion(found, folder / "confusion.png")
-    index, maps = rarest_test_image(task, splits[GRAD_CAM_SEED]), report.read_grad_cams(folder)
+    index = rarest_test_image(task, protocol.split(dataset, GRAD_CAM_SEED))
+    maps = report.read_grad_cams(folder)
     report.plot_grad_cams(
         models.read_image(task.model, dataset, index),
         int(dataset.labels[index]),
@@ -107,16 +123,7 @@ def write_report(task: protocol.Task, settings: dict, folder: Path) -> str:
         f"number {index} of {dataset.name}, {dataset.source}, {dataset.licence}",
         folder / "gradcam.png",
     )
-    return "\n".join(tables.values())
-
-
-def test_note(is_official: bool, sizes: Sequence[int]) -> str:
-    """A sentence on the test images of the seeds."""
-    if is_official:
-        return f"The same {sizes[0]} test images for every seed."
-    return (
-        f"Every seed has its own split, with about {round(sum(sizes) / len(sizes))} test images; those of two overlap."
-    )
+    return "\n".join(written.values())
 
 
 def main() -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.accuracy import data, fingerprint, models, protocol, results
+from benchmarks.accuracy import data, fingerprint, methods, models, protocol, results
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = measure.ROOT / "benchmarks" / "cache"  # of features; Git ignores it
-SEEDS = 5
+SEEDS = 10
+MODEL = "efficientnet-lite0-frozen"  # the quickest that is worth something on photographs
+SPLITS = ("grouped", "random")
 PACKAGES = ("captum", "efficientnet-lite-pytorch", "matplotlib", "numpy", "pillow", "scikit-learn", "scipy", "timm")
 USER_ERRORS = (
     data.MissingData,
@@ -26,6 +28,7 @@ USER_ERRORS = (
     protocol.SplitError,
     results.DifferentSettings,
     results.FolderInUse,
+    methods.NotTuned,
 )
 
 
@@ -33,10 +36,18 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that both commands have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, choices=data.DATASETS)
-    parser.add_argument("--model", required=True, choices=models.MODELS)
+    parser.add_argument("--model", default=MODEL, choices=models.MODELS, help=f"default: {MODEL}")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=SPLITS[0],
+        help="grouped (the default): images of one lesion or patient, where the data say so, are in one part; random: "
+        "each image by itself",
+    )
     parser.add_argument("--seeds", type=_positive, metavar="N", help=f"the seeds 0 to N - 1 (default: {SEEDS})")
     parser.add_argument("--epochs", type=_positive, help="default: the model's")
     parser.add_argument("--learning-rate", type=float, help="default: the model's")
+    parser.add_argument("--image-size", type=_positive, help="height and width in pixels (default: the model's)")
     parser.add_argument(
         "--logit-adjustment",
         type=_not_negative,
@@ -102,9 +113,11 @@ def run(main: Callable[[], None]) -> None:
 def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
     """Data and model as the command line wants them."""
     dataset, model = data.load(args.dataset, args.data), models.MODELS[args.model]
+    if args.split == "random":
+        dataset = protocol.by_image(dataset)
     if args.quick:
         dataset, model = protocol.shrink(dataset), replace(model, epochs=protocol.QUICK_EPOCHS)
-    options = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    options = {name: getattr(args, name) for name in ("epochs", "learning_rate", "image_size")}
     return dataset, replace(model, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -134,7 +147,7 @@ def output_folder(args: argparse.Namespace) -> Path:
     """Where the results go: those of a quick trial never among the others, unless asked for."""
     if args.output:
         return args.output
-    name = f"{args.dataset}-{args.model}"
+    name = f"{args.dataset}-{args.model}" + ("-random" if args.split == "random" else "")
     return Path(tempfile.mkdtemp(prefix=f"{name}-")) if args.quick else RESULTS / name
 
 
@@ -144,34 +157,46 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         "dataset": args.dataset,
         "images": len(dataset),
         "model": args.model,
+        "split": SPLITS[dataset.groups is None],
+        "trained": model.trained,
         "image_size": model.image_size,
         "image_mode": model.image_mode,
         "flips": model.flips,
         "epochs": model.epochs,
         "learning_rate": model.learning_rate,
-        "batch_size": protocol.BATCH_SIZE,
-        "weight_decay": protocol.WEIGHT_DECAY,
-        "step_share": protocol.STEP_SHARE,
-        "step_factor": protocol.STEP_FACTOR,
-        "drw_share": protocol.DRW_SHARE,
+        "batch_size": model.batch_size,
+        "weight_decay": model.weight_decay,
+        "decay": model.decay,
+        "step_share": models.STEP_SHARE,
+        "step_factor": models.STEP_FACTOR,
+        "drw_share": methods.DRW_SHARE,
         "shares": list(protocol.SHARES),
         "fold_percent": protocol.FOLD_PERCENT,
-        **{loss: _description(loss, dataset.n_classes) for loss in protocol.BASE_LOSSES},
+        **{name: _description(method, dataset.n_classes) for name, method in methods.METHODS.items()},
         # Only where they are set: results from before they could be set are continued by the same command.
         **{name: value for name in ("logit_adjustment", "label_smoothing") if (value := getattr(args, name))},
         "threads": args.threads,
         "quick": args.quick,
         results.DATA: fingerprint.of_data(dataset) | {results.WEIGHTS: model.weights_digest(args.weights)},
         results.SPLITS: {str(seed): split_digest(dataset, seed) for seed in seeds(args)},
+        results.CLASS_NAMES: list(dataset.class_names),
+        results.CLASS_COUNTS: {str(seed): _part_counts(dataset, seed) for seed in seeds(args)},
     }
 
 
-def _description(loss: str, n_classes: int) -> str:
-    """The settings of a loss, as its ``repr`` says them, without those that all losses of an experiment have alike."""
-    text = repr(protocol.make_criterion(loss, [1] * n_classes))
-    for shared in ", label_smoothing=0.0", ", logit_adjustment=None":
-        text = text.replace(shared, "")
-    return text
+def _description(method: methods.Method, n_classes: int) -> str:
+    """The settings of a loss, as its ``repr`` says them; of a tuned one, what the validation part chooses from."""
+    if method.is_tuned:
+        return str(method)
+    criterion = method.settings[0].make_criterion([1] * n_classes, {})
+    taken_off = "" if method.taus == (0.0,) else f", tau · log prior taken off the logits: {method.taus}"
+    deferred = ", deferred re-weighting" if method.settings[0].is_deferred else ""
+    return f"{criterion!r}{deferred}{taken_off}"
+
+
+def _part_counts(dataset: data.Dataset, seed: int) -> dict[str, list[int]]:
+    parts = protocol.split(dataset, seed)._asdict()
+    return {name: protocol.class_counts(dataset, indices) for name, indices in parts.items()}
 
 
 def split_digest(dataset: data.Dataset, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Split, losses and training: the same for every loss, but for the loss.
+"""Split and training: the same for every loss, but for the loss.
 
 Within a seed all losses have the same split, initial weights, batches, flips and learning rate. The network kept is the
 one of the epoch with the best macro-F1 on the validation part; of equals, the first.
@@ -21,21 +21,13 @@ from tqdm import tqdm
 
 from benchmarks import measure
 from benchmarks.accuracy.data import Dataset
+from benchmarks.accuracy.methods import LossOptions, Method, Setting
 from benchmarks.accuracy.models import Model
-from lmf_triton import DeferredReweighting, FocalLoss, LDAMLoss, LMFLoss, ldam_margins, log_prior_adjustment
+from lmf_triton import log_prior_adjustment
 
 # Parts of a hundred: training, validation, test.
 SHARES = (70, 15, 15)
 FOLD_PERCENT = 5  # groups are dealt into folds of so many percent, which the parts are made of
-
-# The LMF authors' own training code.
-BATCH_SIZE = 32
-WEIGHT_DECAY = 5e-4
-STEP_SHARE = 0.3  # of the training, after which the learning rate falls, and again
-STEP_FACTOR = 0.1
-
-DRW_SUFFIX = "-drw"
-DRW_SHARE = 0.8  # of the epochs, after which re-weighting sets in: 160 of 200 in LDAM's code
 
 EVALUATION_BATCH = 256
 
@@ -102,6 +94,11 @@ def _divide(
     return np.sort(other), np.sort(part)
 
 
+def by_image(dataset: Dataset) -> Dataset:
+    """The same data, whose images are dealt one by one: those of a group may lie on both sides of a split."""
+    return replace(dataset, groups=None)
+
+
 def _draw(labels: np.ndarray, indices: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
     """So many of these images of each class, by the seed."""
     generator = np.random.default_rng(seed)
@@ -138,34 +135,6 @@ def shrink(dataset: Dataset) -> Dataset:
     )
 
 
-BASE_LOSSES = ("cross-entropy", "focal", "ldam", "lmf", "lmf-authors")
-LOSSES = (*BASE_LOSSES, *(f"{name}{DRW_SUFFIX}" for name in BASE_LOSSES))
-DEFAULT_LOSSES = (*BASE_LOSSES, "ldam-drw", "lmf-drw")
-
-
-LossOptions = dict[str, float | Tensor | None]  # that every loss takes, and all losses of an experiment have alike
-
-
-def make_criterion(name: str, counts: Sequence[int], **options: float | Tensor | None) -> nn.Module:
-    """A loss by its name, with the paper's options and these; "-drw" is its schedule's matter."""
-    return {
-        "cross-entropy": lambda: FocalLoss(gamma=0, **options),
-        "focal": lambda: FocalLoss(**options),
-        "ldam": lambda: LDAMLoss(counts, **options),
-        "lmf": lambda: LMFLoss(counts, **options),
-        "lmf-authors": lambda: LMFLoss(
-            counts, alpha=1.5, scale=30, weight=ldam_margins(counts), reduction="mean_per_term", **options
-        ),
-    }[name.removesuffix(DRW_SUFFIX)]()
-
-
-def make_schedule(name: str, criterion: nn.Module, counts: Sequence[int], epochs: int) -> DeferredReweighting | None:
-    """Deferred re-weighting for the names that end in "-drw"."""
-    if not name.endswith(DRW_SUFFIX):
-        return None
-    return DeferredReweighting(criterion, counts, start_epoch=round(DRW_SHARE * epochs))
-
-
 @dataclass(frozen=True)
 class Task:
     """What all trainings of an experiment share. ``inputs`` are of all images; see ``models.load_inputs``."""
@@ -175,20 +144,12 @@ class Task:
     inputs: Tensor
     epochs: int
     device: torch.device
-    head: str = "linear"
     weights: Path | None = None
     logit_adjustment: float = 0.0  # tau: how much of the training part's log prior every loss adds to the logits
     label_smoothing: float = 0.0
 
-    @property
-    def title(self) -> str:
-        """Of tables and pictures: data, model, and what changes every loss."""
-        options = {"logit adjustment": self.logit_adjustment, "label smoothing": self.label_smoothing}
-        changed = [f"{name} {value:g}" for name, value in options.items() if value]
-        return ", ".join([self.dataset.name, self.model.name, *changed])
-
     def loss_options(self, counts: Sequence[int]) -> LossOptions:
-        """What every loss is made with, given the training counts. Predictions come from the logits as they are."""
+        """What every loss is made with, given the training counts, but where its setting says otherwise."""
         adjustment = log_prior_adjustment(counts, tau=self.logit_adjustment) if self.logit_adjustment else None
         return {"label_smoothing": self.label_smoothing, "logit_adjustment": adjustment}
 
@@ -196,10 +157,18 @@ class Task:
         return torch.from_numpy(self.dataset.labels)[indices]
 
 
-class Checkpoint(NamedTuple):
-    """The best epoch, the first being 1, and its macro-F1 on the validation part."""
+class Trained(NamedTuple):
+    """A network at its best epoch, the first being 1, and the macro-F1 of the validation part there."""
 
+    network: nn.Module
     epoch: int
+    validation_f1: float
+
+
+class Decision(NamedTuple):
+    """What is taken off a network's logits, as tau · log prior, and the macro-F1 of the validation part with it."""
+
+    tau: float
     validation_f1: float
 
 
@@ -211,41 +180,47 @@ def set_up(threads: int) -> None:
     measure.keep_freed_memory()  # EfficientNet-Lite0 then takes 74 ms an image instead of 130 (AMD EPYC, one thread)
 
 
-def train(
-    task: Task, split: Split, seed: int, criterion: nn.Module, schedule: DeferredReweighting | None, title: str
-) -> tuple[nn.Module, Checkpoint]:
+def train(task: Task, split: Split, seed: int, setting: Setting, title: str) -> Trained:
     """Train a network with this loss, and take it back to its best epoch. The test part is not looked at."""
-    network = initial_network(task, split, seed)
-    criterion = criterion.to(task.device)
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=task.model.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    n_steps = task.epochs * math.ceil(len(split.train) / BATCH_SIZE)
-    # Counted in steps, so that the shares hold for a few epochs too.
-    decay = torch.optim.lr_scheduler.StepLR(optimizer, max(1, round(STEP_SHARE * n_steps)), STEP_FACTOR)
-    best, best_state = Checkpoint(0, -1.0), {}
+    counts = class_counts(task.dataset, split.train)
+    criterion = setting.make_criterion(counts, task.loss_options(counts)).to(task.device)
+    schedule = setting.make_schedule(criterion, counts, task.epochs)
+    network, model = initial_network(task, seed), task.model
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=model.learning_rate, weight_decay=model.weight_decay, fused=True)
+    decay = model.make_decay(optimizer, task.epochs * math.ceil(len(split.train) / model.batch_size))
+    best, best_state = Trained(network, 0, -1.0), {}
     for epoch in tqdm(range(task.epochs), title, unit="epoch", leave=False):
         if schedule is not None:
             schedule.step(epoch)
-        _train_epoch(network, task, batches(split.train, seed, epoch), criterion, optimizer, decay)
-        f1 = macro_f1(task.dataset.labels[split.validation], predict(network, task, split.validation))
+        _train_epoch(network, task, batches(split.train, model.batch_size, seed, epoch), criterion, optimizer, decay)
+        predicted = predict_logits(network, task, split.validation).argmax(1).numpy()
+        f1 = macro_f1(task.dataset.labels[split.validation], predicted)
         if f1 > best.validation_f1:
-            best, best_state = Checkpoint(epoch + 1, f1), copy.deepcopy(network.state_dict())
+            best, best_state = Trained(network, epoch + 1, f1), copy.deepcopy(network.state_dict())
     network.load_state_dict(best_state)
-    return network, best
+    return best
 
 
-def initial_network(task: Task, split: Split, seed: int) -> nn.Module:
+def decide(task: Task, split: Split, trained: Trained, method: Method) -> Decision:
+    """The tau of a method; of several the one with the best macro-F1 on the validation part, of equals the first."""
+    if len(method.taus) == 1 and not method.taus[0]:
+        return Decision(0.0, trained.validation_f1)
+    logits, labels = predict_logits(trained.network, task, split.validation), task.dataset.labels[split.validation]
+    log_prior = log_prior_adjustment(class_counts(task.dataset, split.train))
+    scores = [macro_f1(labels, (logits - tau * log_prior).argmax(1).numpy()) for tau in method.taus]
+    return Decision(method.taus[int(np.argmax(scores))], max(scores))
+
+
+def initial_network(task: Task, seed: int) -> nn.Module:
     """The network before training: the same for all losses of a seed. Seeds what follows, too: flips and dropout."""
     torch.manual_seed(seed)
-    training_inputs = task.inputs[torch.from_numpy(split.train)]
-    network = task.model.make_network(training_inputs, task.dataset.n_classes, task.head, task.weights)
-    return network.to(task.device)
+    return task.model.make_network(task.inputs, task.dataset.n_classes, task.weights).to(task.device)
 
 
-def batches(indices: np.ndarray, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """The indices in the order of this seed and epoch, ``BATCH_SIZE`` at a time."""
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(indices)).split(BATCH_SIZE)
+def batches(indices: np.ndarray, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """The indices in the order of this seed and epoch, so many at a time."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(indices)).split(size)
 
 
 def _train_epoch(
@@ -276,11 +251,11 @@ def _flip(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, task: Task, indices: np.ndarray) -> np.ndarray:
-    """The most probable class of each image, int64."""
+def predict_logits(network: nn.Module, task: Task, indices: np.ndarray) -> Tensor:
+    """Of each image, ``(N, C)``, on the CPU."""
     network.eval()
     chunks = torch.from_numpy(indices).split(EVALUATION_BATCH)
-    return torch.cat([network(task.inputs[chunk].to(task.device)).argmax(1).cpu() for chunk in chunks]).numpy()
+    return torch.cat([network(task.inputs[chunk].to(task.device)).cpu() for chunk in chunks])
 
 
 def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:

@@ -1,11 +1,9 @@
-"""Tables and pictures of finished runs: the paper's Table 1, Table 2, Figures 1 and 2, and confusion matrices."""
+"""Tables and pictures of finished runs: the paper's Tables 1 and 2, its Figures 1 and 2, differences, confusion."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,73 +11,23 @@ from captum.attr import LayerGradCam
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from benchmarks.accuracy.protocol import DRW_SUFFIX
-from benchmarks.accuracy.results import GRAD_CAM, Metrics, Run, metrics, replace_file
+from benchmarks.accuracy.compare import CONFIDENCE, FIGURES, Results, points, recommendation
+from benchmarks.accuracy.methods import BASELINE
+from benchmarks.accuracy.results import CALIBRATION_BINS, GRAD_CAM, replace_file
 
-LMF = "lmf"
-CONFIDENCE = 0.95
 DPI = 150
-MAX_BARS = 5  # classes in the picture of the rarest
+MAX_SHOWN = 5  # classes in the picture of the rarest
 MAX_ANNOTATED = 10  # classes whose confusion matrix still has room for numbers
-# After Okabe and Ito: the colour-blind tell them apart too. Re-weighting is hatched.
+# After Okabe and Ito: the colour-blind tell them apart too. By what a name begins with, the longest first.
 COLORS = {
-    "cross-entropy": "#BBBBBB",
+    "cross-entropy": "#777777",
     "focal": "#56B4E9",
     "ldam": "#E69F00",
     "lmf": "#0072B2",
-    "lmf-authors": "#009E73",
 }
-
-
-class Difference(NamedTuple):
-    """Mean over the seeds of paired differences, and the bounds of its interval (``None`` for one seed)."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Mean of ``values - baseline``, seed by seed, with Student's t interval."""
-    differences = np.subtract(values, baseline)
-    mean, n = float(differences.mean()), len(differences)
-    if n == 1:
-        return Difference(mean, None, None)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
-    return Difference(mean, mean - half, mean + half)
-
-
-@dataclass(frozen=True)
-class Results:
-    """The runs of an experiment, grouped by loss, with what the tables say about the data."""
-
-    title: str
-    class_names: tuple[str, ...]
-    training_counts: tuple[tuple[int, ...], ...]  # of each seed
-    runs: tuple[Run, ...]
-    note: str  # on the test set
-
-    @property
-    def losses(self) -> list[str]:
-        return list(dict.fromkeys(run.loss for run in self.runs))
-
-    @property
-    def n_seeds(self) -> int:
-        return len({run.seed for run in self.runs})
-
-    @property
-    def counts(self) -> list[int]:
-        """Training images of each class, the mean over the seeds."""
-        return np.mean(self.training_counts, axis=0).round().astype(int).tolist()
-
-    def of_loss(self, loss: str) -> list[Metrics]:
-        """A loss's metrics in the order of the seeds."""
-        runs = sorted((run for run in self.runs if run.loss == loss), key=lambda run: run.seed)
-        return [metrics(run, len(self.class_names)) for run in runs]
 
 
 def percent(values: Sequence[float]) -> str:
@@ -88,114 +36,168 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
 
 
-def points(difference: Difference) -> str:
-    """A difference in percentage points with its interval, if it has one."""
-    mean = f"{100 * difference.mean:+.1f}"
-    if difference.low is None:
-        return mean
-    return f"{mean} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-
-
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its first column to the left."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows)) + "\n"
 
 
-def table_1(results: Results) -> str:
-    """Accuracy and macro averages of each loss, and the paired difference of LMF's macro-F1 to it."""
+def tables(found: Results) -> dict[str, str]:
+    """All that is written in words, by the names of the files: a function of the results alone."""
+    return {
+        "table1.md": table_1(found),
+        "table2.md": table_2(found),
+        "differences.md": differences(found),
+        "recommendation.md": recommendation(found),
+    }
+
+
+def table_1(found: Results) -> str:
+    """Accuracy, macro averages, the rarest classes and calibration."""
+    rarest = [f"recall of {found.class_names[label]} %" for label in found.rarest]
     lines = []
-    for loss in results.losses:
-        scores = results.of_loss(loss)
-        difference = "–"
-        if loss != LMF and LMF in results.losses:
-            lmf_f1 = [score.macro_f1 for score in results.of_loss(LMF)]
-            difference = points(paired_difference(lmf_f1, [score.macro_f1 for score in scores]))
-        columns = zip(*((s.accuracy, s.macro_precision, s.macro_recall, s.macro_f1) for s in scores), strict=True)
-        lines.append((loss, *map(percent, columns), difference))
-    header = ("loss", "accuracy %", "macro precision %", "macro recall %", "macro-F1 %", "LMF − loss, macro-F1")
-    return f"{_caption(results)}\n\n{markdown(header, lines)}"
+    for loss in found.losses:
+        scores = found.of_loss(loss)
+        columns = [
+            [(s.accuracy, s.balanced_accuracy, s.macro_precision, s.macro_f1)[i] for s in scores] for i in range(4)
+        ]
+        columns += [[s.class_recall[label] for s in scores] for label in found.rarest]
+        lines.append((loss, *map(percent, columns), percent([s.calibration_error for s in scores])))
+    header = ("loss", "accuracy %", "balanced accuracy %", "macro precision %", "macro-F1 %", *rarest, "ECE %")
+    return f"{_caption(found)}\n\n{markdown(header, lines)}"
 
 
-def _caption(results: Results) -> str:
-    caption = f"{results.title}, {_seeds(results)}. {results.note}"
-    if results.n_seeds > 1:
-        caption += (
-            f" Mean ± standard deviation over the seeds. Last column: mean difference in points, paired by seed, with "
-            f"its {100 * CONFIDENCE:.0f}% t interval over the seeds (of each comparison by itself)."
-        )
-    return caption
+def _caption(found: Results) -> str:
+    n_test = round(float(found.counts["test"].sum()))
+    own = "Every seed has its own split; their test parts overlap." if found.has_own_test else "One test part for all."
+    caption = f"{found.title}, {_seeds(found)}, {n_test} test images. {own}"
+    if found.n_seeds > 1:
+        caption += " Mean ± standard deviation over the seeds."
+    return f"{caption} Balanced accuracy is macro recall; ECE the expected calibration error, {CALIBRATION_BINS} bins."
 
 
-def _seeds(results: Results) -> str:
-    return "1 seed" if results.n_seeds == 1 else f"{results.n_seeds} seeds"
+def _seeds(found: Results) -> str:
+    return "1 seed" if found.n_seeds == 1 else f"{found.n_seeds} seeds"
 
 
-def table_2(results: Results) -> str:
+def table_2(found: Results) -> str:
     """F1 of each class, with its number of training images."""
-    class_f1 = {loss: np.array([score.class_f1 for score in results.of_loss(loss)]) for loss in results.losses}
+    class_f1 = {loss: np.array([score.class_f1 for score in found.of_loss(loss)]) for loss in found.losses}
     lines = [
-        (name, str(results.counts[label]), *(percent(f1[:, label]) for f1 in class_f1.values()))
-        for label, name in enumerate(results.class_names)
+        (loss, *(percent(f1[:, label]) for label in range(len(found.class_names)))) for loss, f1 in class_f1.items()
     ]
-    header = ("class", "training images", *(f"{loss}, F1 %" for loss in results.losses))
-    return f"{results.title}, {_seeds(results)}: F1 of each class.\n\n{markdown(header, lines)}"
+    counts = found.counts["train"].round().astype(int)
+    header = ("loss", *(f"{name} ({count})" for name, count in zip(found.class_names, counts, strict=True)))
+    caption = f"{found.title}, {_seeds(found)}: F1 of each class in percent, with its number of training images."
+    return f"{caption}\n\n{markdown(header, lines)}"
 
 
-def plot_rarest(results: Results, path: Path) -> None:
-    """Figure 1: F1 of the rarest classes, rarest last."""
-    n_shown = min(MAX_BARS, max(3, math.ceil(len(results.class_names) / 2)), len(results.class_names))
-    shown = sorted(range(len(results.class_names)), key=lambda label: -results.counts[label])[-n_shown:]
-    figure = Figure(figsize=(10, 5.2), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    width = 0.84 / len(results.losses)
-    for i, loss in enumerate(results.losses):
-        f1 = np.array([score.class_f1 for score in results.of_loss(loss)])[:, shown]
-        axes.bar(
-            np.arange(n_shown) + (i - (len(results.losses) - 1) / 2) * width,
-            f1.mean(0),
-            width,
-            yerr=f1.std(0, ddof=1) if len(f1) > 1 else None,
-            error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
-            label=f"{loss} (macro-F1 {percent([score.macro_f1 for score in results.of_loss(loss)])} %)",
-            **_style(loss),
+def differences(found: Results) -> str:
+    """Paired differences of every loss to cross-entropy."""
+    others = [loss for loss in found.losses if loss != BASELINE]
+    if BASELINE not in found.losses or not others:
+        return f"{found.title}: no loss to compare with {BASELINE}.\n"
+    lines = [(loss, *(points(found.difference(loss, figure)) for figure in FIGURES)) for loss in others]
+    caption = f"{found.title}, {_seeds(found)}: difference to {BASELINE} in points, paired by seed"
+    if found.n_seeds > 1:
+        corrected = (
+            "allow for the overlap of the splits (Nadeau and Bengio 2003)"
+            if found.has_own_test
+            else ("are over the seeds, for this test part alone")
         )
-    axes.set_xticks(range(n_shown), [f"{results.class_names[label]}\n{results.counts[label]}" for label in shown])
-    axes.set_xlabel("class, and its number of training images")
-    axes.set_ylabel("F1 on the test set")
-    axes.set_ylim(0, 1.02)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.grid(True, color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    spread = ": mean and standard deviation over the seeds" if results.n_seeds > 1 else ""
-    figure.suptitle(f"{results.title}, {_seeds(results)}, the rarest classes{spread}")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        caption += (
+            f". The intervals {corrected}, and of a column's {found.n_comparisons} all hold together with "
+            f"{100 * CONFIDENCE:.0f} % (Bonferroni)"
+        )
+    return f"{caption}.\n\n{markdown(('loss', *FIGURES), lines)}"
+
+
+def plot_rarest(found: Results, path: Path) -> None:
+    """Figure 1: F1 of the rarest classes, rarest last."""
+    n_shown = min(MAX_SHOWN, max(3, math.ceil(len(found.class_names) / 2)), len(found.class_names))
+    counts = found.counts["train"]
+    shown = sorted(range(len(found.class_names)), key=lambda label: -counts[label])[-n_shown:]
+    figure = Figure(figsize=(2.6 + 2 * n_shown, 1.4 + 0.28 * len(found.losses)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, n_shown, squeeze=False, sharex=True, sharey=True)
+    for axes, label in zip(panels.flat, shown, strict=True):
+        for row, loss in enumerate(found.losses):
+            f1 = np.array([score.class_f1[label] for score in found.of_loss(loss)])
+            spread = f1.std(ddof=1) if len(f1) > 1 else None
+            axes.errorbar(f1.mean(), row, xerr=spread, fmt="o", markersize=4, elinewidth=0.9, color=_color(loss))
+        axes.set_title(f"{found.class_names[label]} ({counts[label]:.0f})", fontsize=9)
+        axes.set_yticks(range(len(found.losses)), found.losses, fontsize=8)
+        axes.xaxis.grid(True, color="#DDDDDD", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels.flat[0].invert_yaxis()
+    spread = ": mean and standard deviation over the seeds" if found.n_seeds > 1 else ""
+    figure.suptitle(f"{found.title}, {_seeds(found)}, the rarest classes{spread}", fontsize=9)
+    figure.supxlabel("F1 on the test part (above: class, and its number of training images)", fontsize=9)
     _save(figure, path)
 
 
-def _style(loss: str) -> dict[str, str]:
-    style = {"color": COLORS[loss.removesuffix(DRW_SUFFIX)], "edgecolor": "white", "linewidth": 0}
-    return style | {"hatch": "///"} if loss.endswith(DRW_SUFFIX) else style
+def _color(loss: str) -> str:
+    return next(color for name, color in COLORS.items() if loss.startswith(name))
 
 
-def plot_confusion(results: Results, path: Path) -> None:
+def draw_trade(axes: Axes, found: Results) -> None:
+    """Each loss by its differences to cross-entropy in both figures, with their intervals."""
+    axes.axhline(0, color="#BBBBBB", linewidth=0.8)
+    axes.axvline(0, color="#BBBBBB", linewidth=0.8)
+    for loss in found.losses:
+        if loss == BASELINE:
+            continue
+        x, y = (found.difference(loss, figure) for figure in FIGURES)
+        is_clear = any(difference.is_better or difference.is_worse for difference in (x, y))
+        bars = {
+            f"{axis}err": [[100 * (d.mean - d.low)], [100 * (d.high - d.mean)]]
+            for axis, d in (("x", x), ("y", y))
+            if d.low is not None
+        }
+        axes.errorbar(
+            100 * x.mean,
+            100 * y.mean,
+            **bars,
+            fmt="o",
+            markersize=4,
+            elinewidth=0.6,
+            color=_color(loss),
+            alpha=1 if is_clear else 0.45,
+        )
+        axes.annotate(loss, (100 * x.mean, 100 * y.mean), (3, 3), textcoords="offset points", fontsize=6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_trade(panels: Sequence[Results], path: Path, n_columns: int = 2) -> None:
+    """What macro-F1 and balanced accuracy each loss gains or loses, an experiment a panel."""
+    n_columns = min(n_columns, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    figure = Figure(figsize=(5 * n_columns, 4 * n_rows + 0.5), dpi=DPI, layout="constrained")
+    for axes, found in zip(figure.subplots(n_rows, n_columns, squeeze=False).flat, panels, strict=False):
+        draw_trade(axes, found)
+        axes.set_title(f"{found.title}, {_seeds(found)}", fontsize=8)
+    figure.supxlabel("macro-F1: difference to cross-entropy, points", fontsize=9)
+    figure.supylabel("balanced accuracy: difference to cross-entropy, points", fontsize=9)
+    _save(figure, path)
+
+
+def plot_confusion(found: Results, path: Path) -> None:
     """Confusion matrices of all seeds together, each row in percent of its class."""
-    n_columns = min(4, len(results.losses))
-    n_rows = math.ceil(len(results.losses) / n_columns)
+    n_columns = min(4, len(found.losses))
+    n_rows = math.ceil(len(found.losses) / n_columns)
     figure = Figure(figsize=(3.2 * n_columns + 1.5, 3.9 * n_rows + 1), dpi=DPI, layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
-    labels = range(len(results.class_names))
-    for axes, loss in zip(panels.flat, results.losses, strict=False):
-        runs = [run for run in results.runs if run.loss == loss]
+    labels = range(len(found.class_names))
+    for axes, loss in zip(panels.flat, found.losses, strict=False):
+        runs = [run for run in found.runs if run.loss == loss]
         counts = sum(confusion_matrix(run.labels, run.predicted, labels=labels) for run in runs)
-        image = _draw_matrix(axes, 100 * counts / counts.sum(1, keepdims=True), results.class_names)
+        image = _draw_matrix(axes, 100 * counts / counts.sum(1, keepdims=True), found.class_names)
         axes.set_title(loss)
-    for axes in panels.flat[len(results.losses) :]:
+    for axes in panels.flat[len(found.losses) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=panels, label="% of the class's test images", shrink=0.6)
     figure.supxlabel("predicted")
     figure.supylabel("class")
-    figure.suptitle(f"{results.title}, test images of {_seeds(results)}")
+    figure.suptitle(f"{found.title}, test images of {_seeds(found)}")
     _save(figure, path)
 
 
@@ -243,8 +245,8 @@ def read_grad_cams(folder: Path) -> dict[str, dict[str, list]]:
 
 def add_grad_cam(folder: Path, loss: str, result: dict[str, list]) -> None:
     """Keep the map of a loss, whose network is not kept."""
-    results = read_grad_cams(folder) | {loss: result}
-    replace_file(folder / GRAD_CAM, (json.dumps(results) + "\n").encode())
+    maps = read_grad_cams(folder) | {loss: result}
+    replace_file(folder / GRAD_CAM, (json.dumps(maps) + "\n").encode())
 
 
 def plot_grad_cams(

@@ -28,6 +28,9 @@ LOCK = ".lock"
 EXTENT = ("losses", "seeds")  # settings that say how much to train, and change no result
 DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
 WEIGHTS = "weights"  # one of the digests of DATA
+CLASS_NAMES, CLASS_COUNTS = "class names", "class counts"  # for whoever reads results without the data; DATA tells more
+CONFIDENCE_DECIMALS = 3
+CALIBRATION_BINS = 15  # Guo et al. 2017
 
 
 class DifferentSettings(ValueError):
@@ -47,6 +50,8 @@ class Run:
     indices: np.ndarray  # of the test images in the data set
     labels: np.ndarray
     predicted: np.ndarray
+    confidence: np.ndarray  # probability of the predicted class, float, rounded to CONFIDENCE_DECIMALS
+    choice: str  # of a method that the validation part tunes: what it chose
     best_epoch: int
     validation_f1: float
     seconds: float
@@ -61,10 +66,12 @@ class Metrics:
     """Test metrics of one run; every class counts the same in the macro averages."""
 
     accuracy: float
+    balanced_accuracy: float  # the macro average of the recalls
     macro_precision: float
-    macro_recall: float
     macro_f1: float
+    calibration_error: float
     class_f1: tuple[float, ...]
+    class_recall: tuple[float, ...]
 
 
 def metrics(run: Run, n_classes: int) -> Metrics:
@@ -73,12 +80,25 @@ def metrics(run: Run, n_classes: int) -> Metrics:
         run.labels, run.predicted, labels=range(n_classes), zero_division=0
     )
     return Metrics(
-        float(accuracy_score(run.labels, run.predicted)),
-        float(precision.mean()),
-        float(recall.mean()),
-        float(f1.mean()),
-        tuple(f1.tolist()),
+        accuracy=float(accuracy_score(run.labels, run.predicted)),
+        balanced_accuracy=float(recall.mean()),
+        macro_precision=float(precision.mean()),
+        macro_f1=float(f1.mean()),
+        calibration_error=calibration_error(run.predicted == run.labels, run.confidence),
+        class_f1=tuple(f1.tolist()),
+        class_recall=tuple(recall.tolist()),
     )
+
+
+def calibration_error(is_right: np.ndarray, confidence: np.ndarray) -> float:
+    """Expected calibration error: |accuracy - mean confidence| in bins of equal width, weighted by their images.
+
+    Source:
+        Guo et al. 2017, eq. 3 (https://arxiv.org/abs/1706.04599). A bin has its upper end.
+    """
+    bins = np.ceil(confidence * CALIBRATION_BINS).astype(int)
+    excess = np.bincount(bins, weights=is_right - confidence, minlength=CALIBRATION_BINS + 1)
+    return float(np.abs(excess).sum() / len(confidence))
 
 
 @contextmanager
@@ -108,7 +128,8 @@ def claim(folder: Path) -> Iterator[None]:
 
 def fingerprint_of(settings: dict) -> str:
     """The one fingerprint of what a result depends on: all settings but those that say how much to train."""
-    decisive = {name: value for name, value in settings.items() if name not in (*EXTENT, SPLITS)}
+    ignored = (*EXTENT, SPLITS, CLASS_NAMES, CLASS_COUNTS)
+    decisive = {name: value for name, value in settings.items() if name not in ignored}
     return fingerprint.digest([json.dumps(decisive, sort_keys=True).encode()])
 
 
@@ -121,7 +142,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     """
     if not any((folder / name).exists() for name in (SETTINGS, METRICS, PREDICTIONS, GRAD_CAM, SWEEP)):
         return
-    content = _read_settings(folder)
+    content = read_settings(folder)
     if "fingerprint" not in content:
         raise DifferentSettings(
             f"{folder} holds results that do not say which data they are of ({SETTINGS} has no fingerprint, as in "
@@ -136,7 +157,8 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 def _differences(earlier: dict, settings: dict) -> list[str]:
     """What keeps results of these settings from standing beside the earlier ones, in words."""
-    compared = {name: None for name in (*earlier, *settings) if name not in (*EXTENT, DATA, SPLITS)}
+    apart = (*EXTENT, DATA, SPLITS, CLASS_NAMES, CLASS_COUNTS)
+    compared = {name: None for name in (*earlier, *settings) if name not in apart}
     differences = [
         f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} now"
         for name in compared
@@ -163,7 +185,7 @@ def _data_differences(earlier: dict, data: dict) -> list[str]:
     return [", ".join(filter(None, clauses))] if other else []
 
 
-def _read_settings(folder: Path) -> dict:
+def read_settings(folder: Path) -> dict:
     """What the folder says of its results: nothing where the file is missing or is no JSON."""
     try:
         return json.loads((folder / SETTINGS).read_text())
@@ -173,9 +195,9 @@ def _read_settings(folder: Path) -> dict:
 
 def record_settings(folder: Path, settings: dict, environment: dict) -> None:
     """Write the settings, and add this session's environment to those of the sessions before it."""
-    content = _read_settings(folder)
+    content = read_settings(folder)
     earlier = content.get("settings", {})
-    merged = earlier | settings | {SPLITS: earlier.get(SPLITS, {}) | settings[SPLITS]}
+    merged = earlier | settings | {name: earlier.get(name, {}) | settings[name] for name in (SPLITS, CLASS_COUNTS)}
     content = {
         "fingerprint": fingerprint_of(merged),
         "settings": merged,
@@ -188,15 +210,22 @@ def write_runs(folder: Path, runs: Sequence[Run], class_names: Sequence[str]) ->
     """Both files, a line for each prediction and each run; the metrics last, so that they never lack predictions."""
     # An image's predictions side by side compress to a tenth of what those of a run side by side do.
     lines = [
-        (run.seed, index, position, run.loss, label, predicted)
+        (run.seed, index, position, run.loss, label, predicted, f"{confidence:.{CONFIDENCE_DECIMALS}f}")
         for position, run in enumerate(runs)
-        for index, label, predicted in zip(
-            run.indices.tolist(), run.labels.tolist(), run.predicted.tolist(), strict=True
+        for index, label, predicted, confidence in zip(
+            *(array.tolist() for array in (run.indices, run.labels, run.predicted, run.confidence)), strict=True
         )
     ]
     predictions = [
-        {"loss": loss, "seed": seed, "index": index, "label": label, "predicted": predicted}
-        for seed, index, _, loss, label, predicted in sorted(lines)
+        {
+            "loss": loss,
+            "seed": seed,
+            "index": index,
+            "label": label,
+            "predicted": predicted,
+            "confidence": confidence,
+        }
+        for seed, index, _, loss, label, predicted, confidence in sorted(lines)
     ]
     # Without the time, so that the same predictions are the same bytes.
     replace_file(folder / PREDICTIONS, gzip.compress(csv_text(predictions).encode(), mtime=0))
@@ -208,15 +237,18 @@ def _metrics_row(run: Run, class_names: Sequence[str]) -> dict[str, object]:
     scores = metrics(run, len(class_names))
     numbers = {
         "accuracy": scores.accuracy,
+        "balanced_accuracy": scores.balanced_accuracy,
         "macro_precision": scores.macro_precision,
-        "macro_recall": scores.macro_recall,
         "macro_f1": scores.macro_f1,
+        "calibration_error": scores.calibration_error,
         "validation_macro_f1": run.validation_f1,
         **{f"f1 {name}": f1 for name, f1 in zip(class_names, scores.class_f1, strict=True)},
+        **{f"recall {name}": recall for name, recall in zip(class_names, scores.class_recall, strict=True)},
     }
     return {
         "loss": run.loss,
         "seed": run.seed,
+        "choice": run.choice,
         "best_epoch": run.best_epoch,
         "seconds": f"{run.seconds:.1f}",
         **{name: f"{number:.6f}" for name, number in numbers.items()},
@@ -228,10 +260,10 @@ def read_runs(folder: Path, class_names: Sequence[str]) -> list[Run]:
     if not (folder / METRICS).exists() or not (folder / PREDICTIONS).exists():
         return []
     with gzip.open(folder / PREDICTIONS, "rt", newline="") as file:
-        predictions: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        predictions: dict[tuple[str, int], list[tuple[str, ...]]] = {}
         for line in csv.DictReader(file):
             images = predictions.setdefault((line["loss"], int(line["seed"])), [])
-            images.append((int(line["index"]), int(line["label"]), int(line["predicted"])))
+            images.append(tuple(line[name] for name in ("index", "label", "predicted", "confidence")))
     with (folder / METRICS).open(newline="") as file:
         rows = list(csv.DictReader(file))
     runs = []
@@ -239,12 +271,15 @@ def read_runs(folder: Path, class_names: Sequence[str]) -> list[Run]:
         key = row["loss"], int(row["seed"])
         if key not in predictions:
             continue
-        indices, labels, predicted = np.array(predictions[key]).T
+        *numbers, confidence = zip(*predictions[key], strict=True)
+        indices, labels, predicted = (np.array(column, dtype=np.int64) for column in numbers)
         run = Run(
             *key,
             indices=indices,
             labels=labels,
             predicted=predicted,
+            confidence=np.array(confidence, dtype=np.float64),
+            choice=row["choice"],
             best_epoch=int(row["best_epoch"]),
             validation_f1=float(row["validation_macro_f1"]),
             seconds=float(row["seconds"]),

@@ -1,145 +1,124 @@
-"""Which of LMF's settings matter? One changed at a time, judged on the validation part alone.
+"""Tune each loss on the validation part, with as many settings for one as for another.
 
-``python -m benchmarks.accuracy.sweep --dataset elpv --model efficientnet-lite0-frozen`` writes ``sweep.csv`` and
-``sweep.md`` beside the experiment's results. The test part is never looked at. The macro-F1 is that of the epoch where
-it is best, which flatters all settings alike.
+``python -m benchmarks.accuracy.sweep --dataset ham10000 --data PATH`` tries all settings of ``methods.TUNED`` with each
+seed, and writes ``sweep.csv`` and ``sweep.md`` beside the experiment's results. The test part is never looked at. With
+each seed, ``python -m benchmarks.accuracy --losses lmf-tuned`` then trains what was best here. Interrupted, the same
+command goes on where it stopped.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import argparse
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.accuracy import command, protocol, report, results
-from benchmarks.accuracy.models import HEAD_SCALE
-from lmf_triton import FocalLoss, LMFLoss, class_balanced_weights, ldam_margins
+from benchmarks.accuracy.methods import METHODS, NotTuned, Setting
 
-Counts = Sequence[int]
-MAX_MARGIN = 0.5  # the paper's
-SCALES = (2, 5, 10, 30)
-MAX_MARGINS = (0, 0.1, 0.25, 1, 2, 4)
-COEFFICIENTS = ((1, 0), (2, 1), (1.5, 1), (1, 2), (0, 1))
-GAMMAS = (0, 0.5, 1, 2, 3)
+TUNED = tuple(name for name, method in METHODS.items() if method.is_tuned)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """LMF with one setting changed; ``make`` takes the training counts, and the options that all have alike."""
-
-    factor: str
-    value: str
-    make: Callable[..., nn.Module]
-    head: str = "linear"
-
-    @property
-    def name(self) -> str:
-        return f"{self.factor} {self.value}".strip()
-
-
-def _weighted(
-    make_weights: Callable[[Counts], Tensor], reduction: str, counts: Counts, **options: float | Tensor | None
-) -> nn.Module:
-    return LMFLoss(counts, weight=make_weights(counts), reduction=reduction, **options)
-
-
-PAPER = Variant("paper", "", LMFLoss)
-VARIANTS = (
-    PAPER,
-    Variant("cross-entropy", "", lambda counts, **options: FocalLoss(gamma=0, **options)),
-    Variant("authors' code", "", partial(protocol.make_criterion, "lmf-authors")),
-    *(Variant("scale", f"{scale}", partial(LMFLoss, scale=scale)) for scale in SCALES),
-    *(Variant("max_margin", f"{margin}", partial(LMFLoss, max_margin=margin)) for margin in MAX_MARGINS),
-    # Margins are in the logits' units, and the logits of this head are cosines times HEAD_SCALE: margins of 0.5 between
-    # cosines, as in LDAM, are margins of HEAD_SCALE / 2 between logits.
-    Variant("head", "normalised, margins of the logits", LMFLoss, "normalised"),
-    Variant(
-        "head", "normalised, margins of the cosines", partial(LMFLoss, max_margin=MAX_MARGIN * HEAD_SCALE), "normalised"
-    ),
-    # Without weights the two averages are the same.
-    *(
-        Variant("averaging", f"{name} as weights, {reduction}", partial(_weighted, make_weights, reduction))
-        for name, make_weights in (("margins", ldam_margins), ("class-balanced", class_balanced_weights))
-        for reduction in ("mean", "mean_per_term")
-    ),
-    *(Variant("alpha:beta", f"{a}:{b}", partial(LMFLoss, alpha=a, beta=b)) for a, b in COEFFICIENTS),
-    *(Variant("gamma", f"{gamma}", partial(LMFLoss, gamma=gamma)) for gamma in GAMMAS),
-)
-
-
-def train_all(task: protocol.Task, seeds: Sequence[int]) -> list[dict[str, object]]:
-    """Validation macro-F1 of each variant and seed."""
-    rows = []
-    for seed, variant in tqdm([(seed, variant) for seed in seeds for variant in VARIANTS], "sweep", unit="run"):
-        split = protocol.split(task.dataset, seed)
-        counts = protocol.class_counts(task.dataset, split.train)
-        criterion = variant.make(counts, **task.loss_options(counts))
-        title = f"{variant.name}, seed {seed}"
-        _, checkpoint = protocol.train(replace(task, head=variant.head), split, seed, criterion, None, title)
-        rows.append(
-            {
-                "factor": variant.factor,
-                "value": variant.value,
-                "seed": seed,
-                "validation_macro_f1": f"{checkpoint.validation_f1:.6f}",
-                "best_epoch": checkpoint.epoch,
-            }
-        )
-    return rows
-
-
-def table(rows: Sequence[dict[str, object]], title: str) -> str:
-    """A line for each variant, with its paired difference to the paper's setting."""
-    f1 = {}
-    for row in rows:  # each variant's seeds in the same order
-        f1.setdefault((row["factor"], row["value"]), []).append(float(row["validation_macro_f1"]))
-    paper = f1[PAPER.factor, PAPER.value]
-    lines = [
-        (
-            f"{factor} {value}".strip(),
-            report.percent(values),
-            "–" if values is paper else report.points(report.paired_difference(values, paper)),
-        )
-        for (factor, value), values in f1.items()
-    ]
-    best = max(f1, key=lambda key: np.mean(f1[key]))
-    caption = (
-        f"{title}: LMF with one setting changed from the paper's (alpha:beta 1:1, gamma 1.5, scale 1, max_margin 0.5, "
-        f"linear head, no weights). Macro-F1 on the validation part alone, of the best epoch; {len(paper)} seed(s). "
-        f"Last column: mean difference in points, paired by seed, with its 95% t interval. With {len(f1)} settings, "
-        f"some are ahead by chance: the best, {' '.join(best).strip()}, most of all."
+def parse_arguments() -> argparse.Namespace:
+    parser = command.make_parser(__doc__)
+    parser.add_argument(
+        "--losses", nargs="+", choices=TUNED, default=TUNED, metavar="LOSS", help=f"default: {' '.join(TUNED)}"
     )
-    return f"{caption}\n\n{report.markdown(('setting', 'validation macro-F1 %', 'setting − paper'), lines)}"
+    return parser.parse_args()
+
+
+def choices(folder: Path, keys: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Setting]:
+    """The setting of each loss and seed: of a tuned one what is best on the validation part, of equals the first.
+
+    Raises:
+        NotTuned: a setting of a tuned loss was not tried with a seed.
+    """
+    tried = _read(folder)
+    chosen = {}
+    for loss, seed in keys:
+        settings = METHODS[loss].settings
+        if METHODS[loss].is_tuned:
+            missing = [setting for setting in settings if (loss, str(setting), seed) not in tried]
+            if missing:
+                raise NotTuned(
+                    f"{loss}, seed {seed}: {len(missing)} of {len(settings)} settings are not tried yet. "
+                    "Run benchmarks.accuracy.sweep with the same arguments first."
+                )
+            scores = [float(tried[loss, str(setting), seed]["validation_macro_f1"]) for setting in settings]
+            chosen[loss, seed] = settings[int(np.argmax(scores))]
+        else:
+            chosen[loss, seed] = settings[0]
+    return chosen
+
+
+def _read(folder: Path) -> dict[tuple[str, str, int], dict[str, str]]:
+    """Rows by loss, setting and seed."""
+    path = folder / results.SWEEP
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {(row["loss"], row["setting"], int(row["seed"])): row for row in csv.DictReader(file)}
+
+
+def train_all(task: protocol.Task, losses: Sequence[str], settings: dict, folder: Path) -> None:
+    """Try what is not tried yet, and save after each."""
+    rows = _read(folder)
+    keys = [
+        (loss, setting, seed)
+        for seed in map(int, settings[results.SPLITS])
+        for loss in losses
+        for setting in METHODS[loss].settings
+    ]
+    pending = [key for key in keys if (key[0], str(key[1]), key[2]) not in rows]
+    if pending:
+        results.record_settings(folder, settings, command.environment(task))
+    for loss, setting, seed in tqdm(pending, "sweep", total=len(keys), initial=len(keys) - len(pending), unit="run"):
+        trained = protocol.train(task, protocol.split(task.dataset, seed), seed, setting, f"{setting}, seed {seed}")
+        command.check_weights(task, settings)
+        rows[loss, str(setting), seed] = {
+            "loss": loss,
+            "setting": str(setting),
+            "seed": str(seed),
+            "validation_macro_f1": f"{trained.validation_f1:.6f}",
+            "best_epoch": str(trained.epoch),
+        }
+        results.replace_file(folder / results.SWEEP, results.csv_text(list(rows.values())).encode())
+
+
+def table(folder: Path, title: str) -> str:
+    """A line for each setting: its score, and how often it was the best of its loss."""
+    rows = _read(folder)
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for (loss, setting, seed), row in rows.items():
+        scores.setdefault((loss, setting), {})[seed] = float(row["validation_macro_f1"])
+    seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in scores.values())))
+    chosen = choices(folder, [(loss, seed) for loss in {loss for loss, _ in scores} for seed in seeds])
+    lines = []
+    for (loss, setting), of_seeds in scores.items():
+        n_chosen = sum(str(chosen[loss, seed]) == setting for seed in seeds)
+        lines.append((loss, setting, report.percent([of_seeds[seed] for seed in seeds]), str(n_chosen)))
+    caption = (
+        f"{title}: macro-F1 on the validation part alone, of the epoch where it is best, {len(seeds)} seed(s), mean ± "
+        "standard deviation; and for how many seeds the setting is the best of its loss. The best of many is ahead by "
+        "chance, too."
+    )
+    return f"{caption}\n\n{report.markdown(('loss', 'setting', 'validation macro-F1 %', 'chosen'), lines)}"
 
 
 def main() -> None:
-    args = command.make_parser(__doc__).parse_args()
+    args = parse_arguments()
     folder = command.output_folder(args)
     with results.claim(folder):
         dataset, model = command.load(args)
         settings = command.settings(args, dataset, model)
         results.check_settings(folder, settings)
         task = command.make_task(args, dataset, model)
-        rows = train_all(task, command.seeds(args))
-        command.check_weights(task, settings)
-        write_report(rows, task, settings, folder)
+        train_all(task, args.losses, settings, folder)
+        text = table(folder, f"{dataset.name}, {model.name}, {settings['split']} split")
+        results.replace_file(folder / "sweep.md", text.encode())
+        print(text)
     print(folder)
-
-
-def write_report(rows: Sequence[dict[str, object]], task: protocol.Task, settings: dict, folder: Path) -> None:
-    """Rows with all that they depend on, and their table, which is printed as well."""
-    constants = {name: settings[name] for name in ("epochs", "learning_rate", "flips")}
-    constants["fingerprint"] = results.fingerprint_of(settings)
-    environment = command.environment(task)
-    results.record_settings(folder, settings, environment)
-    lines = [row | constants | environment for row in rows]
-    results.replace_file(folder / results.SWEEP, results.csv_text(lines).encode())
-    text = table(rows, task.title)
-    results.replace_file(folder / "sweep.md", text.encode())
-    print(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""What finished runs say: differences to cross-entropy, how certain they are, and what to train with."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.accuracy import results
+from benchmarks.accuracy.methods import BASELINE, METHODS
+from benchmarks.accuracy.results import Metrics, Run, metrics
+
+CONFIDENCE = 0.95
+FEW_SEEDS = 8  # below, an interval that allows for so many comparisons hardly excludes anything
+N_RAREST = 2
+
+FIGURES: dict[str, Callable[[Metrics], float]] = {
+    "macro-F1": lambda scores: scores.macro_f1,
+    "balanced accuracy": lambda scores: scores.balanced_accuracy,
+}
+
+
+class Difference(NamedTuple):
+    """Mean over the seeds of paired differences, and the bounds of its interval (``None`` for one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_better(self) -> bool:
+        return self.low is not None and self.low > 0
+
+    @property
+    def is_worse(self) -> bool:
+        return self.high is not None and self.high < 0
+
+
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], *, overlap: float = 0.0, n_comparisons: int = 1
+) -> Difference:
+    """Mean of ``values - baseline``, seed by seed, with Student's t interval.
+
+    Args:
+        values: a figure of each seed.
+        baseline: the same, of what it is compared with.
+        overlap: images of the test part over those of the training part, where each seed splits the same images anew:
+            the seeds are no independent samples then, and the variance of their mean is s² (1 / n + overlap).
+        n_comparisons: of how many intervals all shall hold together (Bonferroni).
+
+    Source:
+        Nadeau and Bengio 2003, Inference for the generalization error, section 3 (https://doi.org/10.1023/A:1024068626366).
+    """
+    differences = np.subtract(values, baseline)
+    mean, n = float(differences.mean()), len(differences)
+    if n == 1:
+        return Difference(mean, None, None)
+    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * n_comparisons), n - 1)
+    half = float(quantile * differences.std(ddof=1) * math.sqrt(1 / n + overlap))
+    return Difference(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of an experiment with what is known of their data: all that tables and pictures need."""
+
+    title: str
+    class_names: tuple[str, ...]
+    counts: dict[str, np.ndarray]  # by part: images of each class, the mean over the seeds
+    has_own_test: bool  # every seed has a test part of its own
+    runs: tuple[Run, ...]
+
+    @property
+    def losses(self) -> list[str]:
+        return [name for name in METHODS if any(run.loss == name for run in self.runs)]
+
+    @property
+    def n_seeds(self) -> int:
+        return len({run.seed for run in self.runs})
+
+    @property
+    def rarest(self) -> list[int]:
+        """The classes with the fewest training images, the rarest first."""
+        return np.argsort(self.counts["train"], kind="stable")[:N_RAREST].tolist()
+
+    @property
+    def overlap(self) -> float:
+        """For ``paired_difference``; with one test part for all seeds its intervals hold for that part alone."""
+        return float(self.counts["test"].sum() / self.counts["train"].sum()) if self.has_own_test else 0.0
+
+    @property
+    def n_comparisons(self) -> int:
+        """In a column of the tables: each loss with cross-entropy."""
+        return max(1, len(self.losses) - 1)
+
+    def of_loss(self, loss: str) -> list[Metrics]:
+        """A loss's metrics in the order of the seeds."""
+        runs = sorted((run for run in self.runs if run.loss == loss), key=lambda run: run.seed)
+        return [metrics(run, len(self.class_names)) for run in runs]
+
+    def difference(self, loss: str, figure: str) -> Difference:
+        """Of a loss to cross-entropy in one of ``FIGURES``."""
+        ours, baseline = ([FIGURES[figure](scores) for scores in self.of_loss(name)] for name in (loss, BASELINE))
+        return paired_difference(ours, baseline, overlap=self.overlap, n_comparisons=self.n_comparisons)
+
+
+def read(folder: Path) -> Results:
+    """The results in a folder, from its files alone. Seeds that not all losses have finished are left out."""
+    settings = results.read_settings(folder)["settings"]
+    class_names = tuple(settings[results.CLASS_NAMES])
+    runs = results.read_runs(folder, class_names)
+    losses = {run.loss for run in runs}
+    finished = {seed for seed in {run.seed for run in runs} if {r.loss for r in runs if r.seed == seed} == losses}
+    counts = [settings[results.CLASS_COUNTS][str(seed)] for seed in sorted(finished)]
+    return Results(
+        title=_title(settings),
+        class_names=class_names,
+        counts={part: np.mean([of_seed[part] for of_seed in counts], axis=0) for part in counts[0]},
+        has_own_test=settings[results.DATA]["test set"] is None,
+        runs=tuple(run for run in runs if run.seed in finished),
+    )
+
+
+def _title(settings: dict) -> str:
+    """Of tables and pictures: data, model, and what changes every loss."""
+    names = ("logit_adjustment", "label_smoothing")
+    changed = [f"{name.replace('_', ' ')} {settings[name]:g}" for name in names if name in settings]
+    split = "official test part" if settings[results.DATA]["test set"] else f"{settings['split']} split"
+    return ", ".join([settings["dataset"], settings["model"], split, *changed])
+
+
+def points(difference: Difference) -> str:
+    """A difference in percentage points with its interval, if it has one."""
+    mean = f"{100 * difference.mean:+.1f}"
+    if difference.low is None:
+        return mean
+    return f"{mean} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def recommendation(found: Results) -> str:
+    """A few sentences for whoever wants to know what to train with: which loss, by how much, with what certainty."""
+    if BASELINE not in found.losses or len(found.losses) == 1:
+        return f"Nothing to recommend: no loss was compared with {BASELINE}.\n"
+    if found.n_seeds == 1:
+        return "Nothing to recommend: one seed says nothing about chance. --seeds 10 goes on from here.\n"
+    lines = [f"What to train with, by {found.title}, {found.n_seeds} seeds, {found.n_comparisons} comparisons:"]
+    lines += [f"- {_advice(found, figure)}" for figure in FIGURES]
+    if worse := [loss for loss in found.losses if loss != BASELINE and _is_worse(found, loss)]:
+        lines.append(f"- Worse than {BASELINE} beyond chance in macro-F1: {', '.join(worse)}.")
+    if found.n_seeds < FEW_SEEDS:
+        lines.append(f"- {found.n_seeds} seeds can show large differences only; --seeds 10 goes on from here.")
+    if not found.has_own_test:
+        lines.append("- All seeds share one test part: the intervals say nothing about other test images.")
+    return "\n".join(lines) + "\n"
+
+
+def _is_worse(found: Results, loss: str) -> bool:
+    return found.difference(loss, "macro-F1").is_worse
+
+
+def _advice(found: Results, figure: str) -> str:
+    """On the loss that is best in this figure, and what it does to the other."""
+    losses = [loss for loss in found.losses if loss != BASELINE]
+    best = max(losses, key=lambda loss: found.difference(loss, figure).mean)
+    difference = found.difference(best, figure)
+    score = np.mean([FIGURES[figure](scores) for scores in found.of_loss(BASELINE)])
+    of_baseline = f"{BASELINE} has {100 * score:.1f} %"
+    if not difference.is_better:
+        return (
+            f"{figure}: no difference to {BASELINE} that these seeds can show ({of_baseline}; the best, {best}, "
+            f"{points(difference)} points)."
+        )
+    (other,) = (name for name in FIGURES if name != figure)
+    price = found.difference(best, other)
+    clear = "" if price.is_better or price.is_worse else ", within chance"
+    equal = [loss for loss in losses if loss != best and found.difference(loss, figure).is_better]
+    also = f" Better than {BASELINE} beyond chance, too: {', '.join(equal)}." if equal else ""
+    return (
+        f"{figure}: {best}, {points(difference)} points ({of_baseline}; {100 * CONFIDENCE:.0f}% interval of all "
+        f"comparisons together). Its {other}: {points(price)}{clear}.{also}"
+    )
