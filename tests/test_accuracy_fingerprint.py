@@ -26,7 +26,7 @@ from test_accuracy_protocol import (
 )
 
 from benchmarks.accuracy import __main__ as experiment
-from benchmarks.accuracy import command, fingerprint, models, protocol, sweep
+from benchmarks.accuracy import command, fingerprint, methods, models, protocol, sweep
 from benchmarks.accuracy.data import Dataset, load
 
 pytestmark = pytest.mark.slow  # whole commands, which train and write
@@ -63,16 +63,15 @@ def run(data: Path, output: Path, *options: str, change: Callable[[Dataset], Dat
         patch.setattr(sys, "argv", ["accuracy", *line])
         if change is not None:
             patch.setattr(command.data, "load", lambda name, data: change(load(name, data)))
-        trained = record(patch, experiment, "train_one", lambda args, run: run.key)
+        trained = record(patch, experiment, "train_one", lambda args, runs: runs[0].key)
         command.run(experiment.main)
     return trained
 
 
 def run_sweep(data: Path, output: Path, *options: str) -> None:
-    """The sweep in this process, of two settings."""
+    """The sweep in this process, of one loss."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sweep", *arguments(data, output, *options)])
-        patch.setattr(sweep, "VARIANTS", sweep.VARIANTS[:2])
+        patch.setattr(sys, "argv", ["sweep", *arguments(data, output, "--losses", "lmf-tuned", *options)])
         command.run(sweep.main)
 
 
@@ -169,7 +168,8 @@ def test_quite_other_data_have_nothing_the_same(finished, frozen, tmp_path, refu
     for i in range(60):
         write_image(tmp_path / "others" / "abc"[i % 3] / f"{i}.png", np.random.default_rng(i), 60)
     message = refused(run, tmp_path / "others", finished[1])
-    assert ": other image names, image contents, labels, class names, weights. Use" in message
+    assert "trained 'all' there, 'head' now; other image names, image contents, labels, class names, weights" in message
+    assert "the same" not in message.replace("Use the same", "")
 
 
 GROUPS = np.arange(60) // 2
@@ -224,15 +224,28 @@ def test_another_split_of_the_same_images_is_refused(finished_once, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("module", "name", "value", "message"),
     [
-        ("SHARES", (60, 20, 20), r"shares \[70, 15, 15\] there, \[60, 20, 20\] now"),
-        ("WEIGHT_DECAY", 0.0, "weight_decay 0.0005 there, 0.0 now"),
-        ("FocalLoss", lambda gamma=2.0: torch.nn.Dropout(gamma / 4), r"focal .FocalLoss\(.* there, .Dropout\(.* now"),
+        (protocol, "SHARES", (60, 20, 20), r"shares \[70, 15, 15\] there, \[60, 20, 20\] now"),
+        (models, "STEP_FACTOR", 0.5, "step_factor 0.1 there, 0.5 now"),
+        (
+            methods,
+            "FocalLoss",
+            lambda gamma=2.0, **options: torch.nn.Dropout(gamma / 4),
+            r"focal .FocalLoss\(.* there, .Dropout\(.* now",
+        ),
+        (
+            methods,
+            "METHODS",
+            methods.METHODS | {"cross-entropy-posthoc": methods.Method((methods.Setting(),), (2.0,))},
+            r"cross-entropy-posthoc .*\(1.0,\). there, .*\(2.0,\). now",
+        ),
     ],
 )
-def test_results_of_other_constants_of_the_code_are_refused(finished, monkeypatch, refused, name, value, message):
-    monkeypatch.setattr(protocol, name, value)
+def test_results_of_other_constants_of_the_code_are_refused(
+    finished, monkeypatch, refused, module, name, value, message
+):
+    monkeypatch.setattr(module, name, value)
     assert re.search(message, refused(run, *finished))
 
 
@@ -348,7 +361,7 @@ def features(data: Path, cache: Path, weights: Path | None = None) -> torch.Tens
 
 def expected_features(data: Path, weights: Path | None = None) -> torch.Tensor:
     model = small_frozen_model()
-    return models.encode(model.make_encoder(weights), models.read_images(model, load("folder", data)))
+    return models.encode(model, model.make_encoder(weights), models.read_images(model, load("folder", data)))
 
 
 def spare_sixteen(data: Path) -> None:
@@ -489,7 +502,7 @@ def test_the_sweep_stands_beside_results_of_the_same_fingerprint(finished, refus
     run_sweep(data, output)
     after = settings_of(output)
     assert after["settings"] == before["settings"]
-    assert {row["fingerprint"] for row in read_csv(output / "sweep.csv")} == {after["fingerprint"]}
+    assert {row["loss"] for row in read_csv(output / "sweep.csv")} == {"lmf-tuned"}
     assert run(data, output, "--seeds", "3") == [("lmf", 2)]
     assert "epochs 2 there, 1 now" in refused(run_sweep, data, output, "--epochs", "1")
 

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.accuracy --dataset folder --data PATH`` compares the losses on your own images, which lie as
 ``class/image.jpg``, and writes ``benchmarks/results/accuracy/folder-efficientnet-lite0-frozen/``. Interrupted, the same
-command goes on where it stopped; with other images, labels, weights or settings it is refused, and so is a second one on
-the same folder.
+command goes on where it stopped; with other images, labels, weights or settings it is refused, and so is a second one
+on the same folder.
 """
 
 import argparse

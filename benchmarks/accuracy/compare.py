@@ -92,9 +92,9 @@ class Results:
         return float(self.counts["test"].sum() / self.counts["train"].sum()) if self.has_own_test else 0.0
 
     @property
-    def n_comparisons(self) -> int:
-        """In a column of the tables: each loss with cross-entropy."""
-        return max(1, len(self.losses) - 1)
+    def compared(self) -> list[str]:
+        """The losses that are compared with cross-entropy: none where that is missing."""
+        return [loss for loss in self.losses if loss != BASELINE] if BASELINE in self.losses else []
 
     def of_loss(self, loss: str) -> list[Metrics]:
         """A loss's metrics in the order of the seeds."""
@@ -104,7 +104,7 @@ class Results:
     def difference(self, loss: str, figure: str) -> Difference:
         """Of a loss to cross-entropy in one of ``FIGURES``."""
         ours, baseline = ([FIGURES[figure](scores) for scores in self.of_loss(name)] for name in (loss, BASELINE))
-        return paired_difference(ours, baseline, overlap=self.overlap, n_comparisons=self.n_comparisons)
+        return paired_difference(ours, baseline, overlap=self.overlap, n_comparisons=len(self.compared))
 
 
 def read(folder: Path) -> Results:
@@ -142,13 +142,13 @@ def points(difference: Difference) -> str:
 
 def recommendation(found: Results) -> str:
     """A few sentences for whoever wants to know what to train with: which loss, by how much, with what certainty."""
-    if BASELINE not in found.losses or len(found.losses) == 1:
+    if not found.compared:
         return f"Nothing to recommend: no loss was compared with {BASELINE}.\n"
     if found.n_seeds == 1:
         return "Nothing to recommend: one seed says nothing about chance. --seeds 10 goes on from here.\n"
-    lines = [f"What to train with, by {found.title}, {found.n_seeds} seeds, {found.n_comparisons} comparisons:"]
+    lines = [f"What to train with, by {found.title}, {found.n_seeds} seeds, {len(found.compared)} comparisons:"]
     lines += [f"- {_advice(found, figure)}" for figure in FIGURES]
-    if worse := [loss for loss in found.losses if loss != BASELINE and _is_worse(found, loss)]:
+    if worse := [loss for loss in found.compared if found.difference(loss, "macro-F1").is_worse]:
         lines.append(f"- Worse than {BASELINE} beyond chance in macro-F1: {', '.join(worse)}.")
     if found.n_seeds < FEW_SEEDS:
         lines.append(f"- {found.n_seeds} seeds can show large differences only; --seeds 10 goes on from here.")
@@ -157,14 +157,9 @@ def recommendation(found: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _is_worse(found: Results, loss: str) -> bool:
-    return found.difference(loss, "macro-F1").is_worse
-
-
 def _advice(found: Results, figure: str) -> str:
     """On the loss that is best in this figure, and what it does to the other."""
-    losses = [loss for loss in found.losses if loss != BASELINE]
-    best = max(losses, key=lambda loss: found.difference(loss, figure).mean)
+    best = max(found.compared, key=lambda loss: found.difference(loss, figure).mean)
     difference = found.difference(best, figure)
     score = np.mean([FIGURES[figure](scores) for scores in found.of_loss(BASELINE)])
     of_baseline = f"{BASELINE} has {100 * score:.1f} %"
@@ -176,7 +171,7 @@ def _advice(found: Results, figure: str) -> str:
     (other,) = (name for name in FIGURES if name != figure)
     price = found.difference(best, other)
     clear = "" if price.is_better or price.is_worse else ", within chance"
-    equal = [loss for loss in losses if loss != best and found.difference(loss, figure).is_better]
+    equal = [loss for loss in found.compared if loss != best and found.difference(loss, figure).is_better]
     also = f" Better than {BASELINE} beyond chance, too: {', '.join(equal)}." if equal else ""
     return (
         f"{figure}: {best}, {points(difference)} points ({of_baseline}; {100 * CONFIDENCE:.0f}% interval of all "

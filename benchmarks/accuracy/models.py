@@ -34,7 +34,7 @@ HEAD_TRAINING = {
     "decay": "cosine",
     "flips": False,
 }
-LAST_BLOCKS_TRAINING = {"image_size": 160, "learning_rate": 1e-3, "weight_decay": 1e-4, "epochs": 8, "decay": "cosine"}
+LAST_BLOCKS_TRAINING = {"image_size": 160, "learning_rate": 3e-4, "weight_decay": 1e-4, "epochs": 6, "decay": "cosine"}
 TRAINED = ("all", "last blocks", "head")
 
 STEP_SHARE = 0.3  # of the training, after which the learning rate falls, and again: the LMF authors'

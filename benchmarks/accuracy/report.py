@@ -94,10 +94,9 @@ def table_2(found: Results) -> str:
 
 def differences(found: Results) -> str:
     """Paired differences of every loss to cross-entropy."""
-    others = [loss for loss in found.losses if loss != BASELINE]
-    if BASELINE not in found.losses or not others:
+    if not found.compared:
         return f"{found.title}: no loss to compare with {BASELINE}.\n"
-    lines = [(loss, *(points(found.difference(loss, figure)) for figure in FIGURES)) for loss in others]
+    lines = [(loss, *(points(found.difference(loss, figure)) for figure in FIGURES)) for loss in found.compared]
     caption = f"{found.title}, {_seeds(found)}: difference to {BASELINE} in points, paired by seed"
     if found.n_seeds > 1:
         corrected = (
@@ -106,7 +105,7 @@ def differences(found: Results) -> str:
             else ("are over the seeds, for this test part alone")
         )
         caption += (
-            f". The intervals {corrected}, and of a column's {found.n_comparisons} all hold together with "
+            f". The intervals {corrected}, and of a column's {len(found.compared)} all hold together with "
             f"{100 * CONFIDENCE:.0f} % (Bonferroni)"
         )
     return f"{caption}.\n\n{markdown(('loss', *FIGURES), lines)}"
@@ -143,9 +142,7 @@ def draw_trade(axes: Axes, found: Results) -> None:
     """Each loss by its differences to cross-entropy in both figures, with their intervals."""
     axes.axhline(0, color="#BBBBBB", linewidth=0.8)
     axes.axvline(0, color="#BBBBBB", linewidth=0.8)
-    for loss in found.losses:
-        if loss == BASELINE:
-            continue
+    for loss in found.compared:
         x, y = (found.difference(loss, figure) for figure in FIGURES)
         is_clear = any(difference.is_better or difference.is_worse for difference in (x, y))
         bars = {
