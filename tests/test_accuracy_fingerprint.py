@@ -26,7 +26,7 @@ from test_accuracy_protocol import (
 )
 
 from benchmarks.accuracy import __main__ as experiment
-from benchmarks.accuracy import command, fingerprint, methods, models, protocol, sweep
+from benchmarks.accuracy import command, compare, fingerprint, methods, models, protocol, report, sweep
 from benchmarks.accuracy.data import Dataset, load
 
 pytestmark = pytest.mark.slow  # whole commands, which train and write
@@ -247,6 +247,18 @@ def test_results_of_other_constants_of_the_code_are_refused(
 ):
     monkeypatch.setattr(module, name, value)
     assert re.search(message, refused(run, *finished))
+
+
+def test_a_loss_that_there_was_not_before_is_added_to_former_results(finished, monkeypatch):
+    new = methods.METHODS | {"new": methods.Method((methods.Setting("focal", (("gamma", 3),)),))}
+    before = settings_of(finished[1])
+    for module in (methods, experiment, sweep, compare, report):
+        monkeypatch.setattr(module, "METHODS", new)
+    assert run(*finished) == []
+    assert run(*finished, "--losses", "lmf", "new") == [("new", 0)]
+    after = settings_of(finished[1])
+    assert after["fingerprint"] == before["fingerprint"]
+    assert after["settings"]["methods"].keys() - before["settings"]["methods"].keys() == {"new"}
 
 
 def test_a_quick_trial_is_not_added_to_a_whole_experiment(finished, refused):

@@ -170,15 +170,19 @@ def test_losses_are_those_of_the_papers():
     shifted = logits - nn.functional.one_hot(target, 2) * margins
     ldam = nn.functional.cross_entropy(shifted, target)
     adjusted_nll = -(logits + log_prior).log_softmax(1)[range(3), target]
-    adjusted_focal = ((1 - torch.exp(-adjusted_nll)) ** 1.5 * adjusted_nll).mean()
+    half = logits + log_prior / 2
+    half_nll = -half.log_softmax(1)[range(3), target]
+    adjusted_focal, half_focal = (((1 - torch.exp(-x)) ** 1.5 * x).mean() for x in (adjusted_nll, half_nll))
     weights = class_balanced_weights(counts)
     focal_of_each = (1 - torch.exp(-nll)) ** 1.5 * nll
     authors = 1.5 * nn.functional.cross_entropy(30 * shifted, target, margins)
     expected = {
         "cross-entropy": nll.mean(),
         "cross-entropy-weighted": nn.functional.cross_entropy(logits, target, weights),
+        "cross-entropy-margin-weighted": nn.functional.cross_entropy(logits, target, margins),
         "cross-entropy-smoothed": nn.functional.cross_entropy(logits, target, label_smoothing=0.1),
         "cross-entropy-adjusted": adjusted_nll.mean(),
+        "cross-entropy-adjusted-half": half_nll.mean(),
         "cross-entropy-posthoc": nll.mean(),
         "cross-entropy-posthoc-tuned": nll.mean(),
         "focal": focal,
@@ -188,6 +192,7 @@ def test_losses_are_those_of_the_papers():
         "lmf-authors": authors + (margins[target] * focal_of_each).mean(),
         "lmf-drw": ldam + focal,
         "lmf-adjusted": nn.functional.cross_entropy(shifted + log_prior, target) + adjusted_focal,
+        "lmf-adjusted-half": nn.functional.cross_entropy(shifted + log_prior / 2, target) + half_focal,
         "lmf-posthoc-tuned": ldam + focal,
     }
     assert value.keys() == expected.keys()
@@ -312,7 +317,7 @@ def test_the_sweep_and_training_never_read_the_test_part(monkeypatch, tmp_path):
     read += record(monkeypatch, protocol, "batches", lambda args, result: args[0])
     monkeypatch.setattr(command, "environment", lambda task: {})
     monkeypatch.setattr(command, "check_weights", lambda task, settings: None)
-    sweep.train_all(task, sweep.TUNED, {results.SPLITS: {"0": ""}, results.CLASS_COUNTS: {}}, tmp_path)
+    sweep.train_all(task, sweep.TUNED, {name: {"0": ""} for name in results.GROWING}, tmp_path)
     rows = read_csv(tmp_path / "sweep.csv")
     assert len(rows) == sum(map(len, TUNED.values())) == 32
     parts = protocol.split(task.dataset, 0)

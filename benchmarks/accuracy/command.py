@@ -172,11 +172,11 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         "drw_share": methods.DRW_SHARE,
         "shares": list(protocol.SHARES),
         "fold_percent": protocol.FOLD_PERCENT,
-        **{name: _description(method, dataset.n_classes) for name, method in methods.METHODS.items()},
         # Only where they are set: results from before they could be set are continued by the same command.
         **{name: value for name in ("logit_adjustment", "label_smoothing") if (value := getattr(args, name))},
         "threads": args.threads,
         "quick": args.quick,
+        results.METHODS: {name: _description(method, dataset.n_classes) for name, method in methods.METHODS.items()},
         results.DATA: fingerprint.of_data(dataset) | {results.WEIGHTS: model.weights_digest(args.weights)},
         results.SPLITS: {str(seed): split_digest(dataset, seed) for seed in seeds(args)},
         results.CLASS_NAMES: list(dataset.class_names),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +99,14 @@ class Results:
 
     def of_loss(self, loss: str) -> list[Metrics]:
         """A loss's metrics in the order of the seeds."""
-        runs = sorted((run for run in self.runs if run.loss == loss), key=lambda run: run.seed)
-        return [metrics(run, len(self.class_names)) for run in runs]
+        return self._metrics[loss]
+
+    @cached_property
+    def _metrics(self) -> dict[str, list[Metrics]]:
+        of_losses: dict[str, list[Metrics]] = {loss: [] for loss in self.losses}
+        for run in sorted(self.runs, key=lambda run: run.seed):
+            of_losses[run.loss].append(metrics(run, len(self.class_names)))
+        return of_losses
 
     def difference(self, loss: str, figure: str) -> Difference:
         """Of a loss to cross-entropy in one of ``FIGURES``."""
@@ -159,7 +166,8 @@ def recommendation(found: Results) -> str:
 
 def _advice(found: Results, figure: str) -> str:
     """On the loss that is best in this figure, and what it does to the other."""
-    best = max(found.compared, key=lambda loss: found.difference(loss, figure).mean)
+    better = [loss for loss in found.compared if found.difference(loss, figure).is_better]
+    best = max(better or found.compared, key=lambda loss: found.difference(loss, figure).mean)
     difference = found.difference(best, figure)
     score = np.mean([FIGURES[figure](scores) for scores in found.of_loss(BASELINE)])
     of_baseline = f"{BASELINE} has {100 * score:.1f} %"
@@ -171,8 +179,8 @@ def _advice(found: Results, figure: str) -> str:
     (other,) = (name for name in FIGURES if name != figure)
     price = found.difference(best, other)
     clear = "" if price.is_better or price.is_worse else ", within chance"
-    equal = [loss for loss in found.compared if loss != best and found.difference(loss, figure).is_better]
-    also = f" Better than {BASELINE} beyond chance, too: {', '.join(equal)}." if equal else ""
+    others = [loss for loss in better if loss != best]
+    also = f" Better than {BASELINE} beyond chance, too: {', '.join(others)}." if others else ""
     return (
         f"{figure}: {best}, {points(difference)} points ({of_baseline}; {100 * CONFIDENCE:.0f}% interval of all "
         f"comparisons together). Its {other}: {points(price)}{clear}.{also}"

@@ -130,8 +130,10 @@ AUTHORS = (("alpha", 1.5), ("scale", 30), ("reduction", "mean_per_term"))
 METHODS = {
     "cross-entropy": _one(),
     "cross-entropy-weighted": _one(weights="class-balanced"),
+    "cross-entropy-margin-weighted": _one(weights="margins"),  # as the LMF authors' code weights its terms
     "cross-entropy-smoothed": _one(options=(("label_smoothing", SMOOTHING),)),
     "cross-entropy-adjusted": _one(tau=1.0),
+    "cross-entropy-adjusted-half": _one(tau=0.5),
     "cross-entropy-posthoc": Method((Setting(),), (1.0,)),
     "cross-entropy-posthoc-tuned": Method((Setting(),), TAUS),
     "focal": _one("focal"),
@@ -141,6 +143,7 @@ METHODS = {
     "lmf-authors": _one("lmf", options=AUTHORS, weights="margins"),
     "lmf-drw": _one("lmf", is_deferred=True),
     "lmf-adjusted": _one("lmf", tau=1.0),
+    "lmf-adjusted-half": _one("lmf", tau=0.5),
     "lmf-posthoc-tuned": Method((Setting("lmf"),), TAUS),
     **{f"{loss}-tuned": Method(settings) for loss, settings in TUNED.items()},
 }

@@ -15,13 +15,13 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from benchmarks.accuracy.compare import CONFIDENCE, FIGURES, Results, points, recommendation
-from benchmarks.accuracy.methods import BASELINE
+from benchmarks.accuracy.methods import BASELINE, METHODS
 from benchmarks.accuracy.results import CALIBRATION_BINS, GRAD_CAM, replace_file
 
 DPI = 150
 MAX_SHOWN = 5  # classes in the picture of the rarest
 MAX_ANNOTATED = 10  # classes whose confusion matrix still has room for numbers
-# After Okabe and Ito: the colour-blind tell them apart too. By what a name begins with, the longest first.
+# After Okabe and Ito: the colour-blind tell them apart too.
 COLORS = {
     "cross-entropy": "#777777",
     "focal": "#56B4E9",
@@ -135,7 +135,7 @@ def plot_rarest(found: Results, path: Path) -> None:
 
 
 def _color(loss: str) -> str:
-    return next(color for name, color in COLORS.items() if loss.startswith(name))
+    return COLORS[METHODS[loss].settings[0].loss]
 
 
 def draw_trade(axes: Axes, found: Results) -> None:

@@ -26,9 +26,12 @@ GRAD_CAM = "gradcam.json"
 SWEEP = "sweep.csv"
 LOCK = ".lock"
 EXTENT = ("losses", "seeds")  # settings that say how much to train, and change no result
+METHODS = "methods"  # the setting that says of each loss by its name what it is; others may be added later
 DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
 WEIGHTS = "weights"  # one of the digests of DATA
 CLASS_NAMES, CLASS_COUNTS = "class names", "class counts"  # for whoever reads results without the data; DATA tells more
+GROWING = (METHODS, SPLITS, CLASS_COUNTS)  # an entry for each loss or seed, and more of them later
+APART = (*EXTENT, *GROWING, CLASS_NAMES)  # settings that are not compared as a whole
 CONFIDENCE_DECIMALS = 3
 CALIBRATION_BINS = 15  # Guo et al. 2017
 
@@ -128,8 +131,7 @@ def claim(folder: Path) -> Iterator[None]:
 
 def fingerprint_of(settings: dict) -> str:
     """The one fingerprint of what a result depends on: all settings but those that say how much to train."""
-    ignored = (*EXTENT, SPLITS, CLASS_NAMES, CLASS_COUNTS)
-    decisive = {name: value for name, value in settings.items() if name not in ignored}
+    decisive = {name: value for name, value in settings.items() if name not in APART}
     return fingerprint.digest([json.dumps(decisive, sort_keys=True).encode()])
 
 
@@ -157,14 +159,18 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 def _differences(earlier: dict, settings: dict) -> list[str]:
     """What keeps results of these settings from standing beside the earlier ones, in words."""
-    apart = (*EXTENT, DATA, SPLITS, CLASS_NAMES, CLASS_COUNTS)
-    compared = {name: None for name in (*earlier, *settings) if name not in apart}
+    compared = {name: None for name in (*earlier, *settings) if name not in (*APART, DATA)}
     differences = [
         f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} now"
         for name in compared
         if earlier.get(name) != settings.get(name)
     ]
     differences += _data_differences(earlier[DATA], settings[DATA])
+    differences += [
+        f"{loss} {description!r} there, {settings[METHODS][loss]!r} now"
+        for loss, description in earlier.get(METHODS, {}).items()
+        if settings[METHODS].get(loss, description) != description
+    ]
     differences += [
         f"{name} {earlier[name]!r} there, {settings[name]!r} now"
         for name in EXTENT
@@ -197,7 +203,7 @@ def record_settings(folder: Path, settings: dict, environment: dict) -> None:
     """Write the settings, and add this session's environment to those of the sessions before it."""
     content = read_settings(folder)
     earlier = content.get("settings", {})
-    merged = earlier | settings | {name: earlier.get(name, {}) | settings[name] for name in (SPLITS, CLASS_COUNTS)}
+    merged = earlier | settings | {name: earlier.get(name, {}) | settings[name] for name in GROWING}
     content = {
         "fingerprint": fingerprint_of(merged),
         "settings": merged,
