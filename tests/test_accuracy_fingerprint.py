@@ -28,6 +28,7 @@ from test_accuracy_protocol import (
 from benchmarks.accuracy import __main__ as experiment
 from benchmarks.accuracy import command, compare, fingerprint, methods, models, protocol, report, sweep
 from benchmarks.accuracy.data import Dataset, load
+from lmf_triton import class_balanced_weights
 
 pytestmark = pytest.mark.slow  # whole commands, which train and write
 
@@ -232,13 +233,25 @@ def test_another_split_of_the_same_images_is_refused(finished_once, tmp_path, mo
             methods,
             "FocalLoss",
             lambda gamma=2.0, **options: torch.nn.Dropout(gamma / 4),
-            r"focal .FocalLoss\(.* there, .Dropout\(.* now",
+            r"focal .FocalLoss\(\) .* there, .FocalLoss\(\) .* now",
+        ),
+        (
+            methods,
+            "WEIGHTS",
+            methods.WEIGHTS | {"class-balanced": lambda counts: class_balanced_weights(counts, beta=0.9)},
+            r"cross-entropy-weighted .* there, .* now",
+        ),
+        (
+            methods,
+            "METHODS",
+            methods.METHODS | {"lmf-adjusted": methods.METHODS["lmf"]},
+            r"tau=1\)\) .* there, .LMFLoss",
         ),
         (
             methods,
             "METHODS",
             methods.METHODS | {"cross-entropy-posthoc": methods.Method((methods.Setting(),), (2.0,))},
-            r"cross-entropy-posthoc .*\(1.0,\). there, .*\(2.0,\). now",
+            r"cross-entropy-posthoc .*tau=1\).* there, .*tau=2\).* now",
         ),
     ],
 )
@@ -258,7 +271,7 @@ def test_a_loss_that_there_was_not_before_is_added_to_former_results(finished, m
     assert run(*finished, "--losses", "lmf", "new") == [("new", 0)]
     after = settings_of(finished[1])
     assert after["fingerprint"] == before["fingerprint"]
-    assert after["settings"]["methods"].keys() - before["settings"]["methods"].keys() == {"new"}
+    assert after["settings"]["descriptions"].keys() - before["settings"]["descriptions"].keys() == {"new"}
 
 
 def test_a_quick_trial_is_not_added_to_a_whole_experiment(finished, refused):

@@ -1,4 +1,4 @@
-"""The paper's experiment: does LMF beat cross-entropy, focal loss and LDAM on imbalanced images?"""
+"""Which loss to train with on imbalanced images: the paper's experiment, with more losses and with intervals."""
 
 from importlib.util import find_spec
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.accuracy import command, compare, models, protocol, report, results, sweep
-from benchmarks.accuracy.methods import DEFAULT, METHODS, Setting
+from benchmarks.accuracy.methods import DEFAULT, METHODS, Method, Setting
 from lmf_triton import log_prior_adjustment
 
 GRAD_CAM_SEED = 0
@@ -30,8 +30,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=METHODS,
         default=DEFAULT,
         metavar="LOSS",
-        help=f"of {', '.join(METHODS)} (default: those that are not tuned; for these run benchmarks.accuracy.sweep "
-        "first)",
+        help=f"of {', '.join(METHODS)} (default: all but {', '.join(sweep.TUNED)}, which "
+        "benchmarks.accuracy.sweep has to tune first)",
     )
     return parser.parse_args()
 
@@ -72,7 +72,7 @@ def train_one(
         method = METHODS[loss]
         decision = protocol.decide(task, split, trained, method)
         if seed == GRAD_CAM_SEED:
-            report.add_grad_cam(folder, loss, explain(task, split, trained.network))
+            report.add_grad_cam(folder, loss, explain(task, split, trained.network, decision.tau * log_prior))
         confidence, predicted = (logits - decision.tau * log_prior).double().softmax(1).max(1)
         runs.append(
             results.Run(
@@ -82,7 +82,7 @@ def train_one(
                 labels=task.dataset.labels[split.test],
                 predicted=predicted.numpy(),
                 confidence=np.round(confidence.numpy(), results.CONFIDENCE_DECIMALS),
-                choice=str(setting) if method.is_tuned else f"tau {decision.tau:g}" if len(method.taus) > 1 else "",
+                choice=_choice(method, setting, decision),
                 best_epoch=trained.epoch,
                 validation_f1=decision.validation_f1,
                 seconds=time.perf_counter() - start,
@@ -91,16 +91,22 @@ def train_one(
     return runs
 
 
+def _choice(method: Method, setting: Setting, decision: protocol.Decision) -> str:
+    if method.is_tuned:
+        return str(setting)
+    return f"tau {decision.tau:g}" if len(method.posthoc_taus) > 1 else ""
+
+
 def rarest_test_image(task: protocol.Task, split: protocol.Split) -> int:
     """The first test image of the rarest class: chosen without a look at any prediction."""
     counts = protocol.class_counts(task.dataset, split.train)
     return int(split.test[task.dataset.labels[split.test] == counts.index(min(counts))][0])
 
 
-def explain(task: protocol.Task, split: protocol.Split, network: nn.Module) -> dict[str, list]:
-    """Grad-CAM of one test image."""
+def explain(task: protocol.Task, split: protocol.Split, network: nn.Module, taken_off: Tensor) -> dict[str, list]:
+    """Grad-CAM of one test image, of the logits less what is taken off them."""
     index = rarest_test_image(task, split)
-    whole = task.model.on_images(network, task.weights).to(task.device)
+    whole = nn.Sequential(*task.model.on_images(network, task.weights), models.Shift(-taken_off)).to(task.device)
     return report.grad_cam(whole, models.read_image(task.model, task.dataset, index), int(task.dataset.labels[index]))
 
 
@@ -132,8 +138,10 @@ def main() -> None:
     with results.claim(folder):
         dataset, model = command.load(args)
         settings = command.settings(args, dataset, model)
-        settings |= {"losses": list(dict.fromkeys(args.losses)), "seeds": command.seeds(args)}
+        settings |= {"losses": list(args.losses), "seeds": command.seeds(args)}
         results.check_settings(folder, settings)
+        settings = results.with_former(folder, settings)
+        sweep.choices(folder, [(loss, seed) for loss in settings["losses"] for seed in settings["seeds"]])
         task = command.make_task(args, dataset, model)
         train_all(task, settings, folder)
         print(write_report(task, settings, folder))

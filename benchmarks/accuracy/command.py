@@ -46,7 +46,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=_positive, metavar="N", help=f"the seeds 0 to N - 1 (default: {SEEDS})")
     parser.add_argument("--epochs", type=_positive, help="default: the model's")
-    parser.add_argument("--learning-rate", type=float, help="default: the model's")
+    parser.add_argument("--learning-rate", type=_positive_number, help="default: the model's")
     parser.add_argument("--image-size", type=_positive, help="height and width in pixels (default: the model's)")
     parser.add_argument(
         "--logit-adjustment",
@@ -84,6 +84,13 @@ def _not_negative(text: str) -> float:
     number = _number(text)
     if not (math.isfinite(number) and number >= 0):
         raise argparse.ArgumentTypeError(f"must be finite and at least 0, got {text}")
+    return number
+
+
+def _positive_number(text: str) -> float:
+    number = _not_negative(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return number
 
 
@@ -172,11 +179,10 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         "drw_share": methods.DRW_SHARE,
         "shares": list(protocol.SHARES),
         "fold_percent": protocol.FOLD_PERCENT,
-        # Only where they are set: results from before they could be set are continued by the same command.
         **{name: value for name in ("logit_adjustment", "label_smoothing") if (value := getattr(args, name))},
         "threads": args.threads,
         "quick": args.quick,
-        results.METHODS: {name: _description(method, dataset.n_classes) for name, method in methods.METHODS.items()},
+        results.DESCRIPTIONS: _descriptions(dataset.n_classes),
         results.DATA: fingerprint.of_data(dataset) | {results.WEIGHTS: model.weights_digest(args.weights)},
         results.SPLITS: {str(seed): split_digest(dataset, seed) for seed in seeds(args)},
         results.CLASS_NAMES: list(dataset.class_names),
@@ -184,14 +190,18 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
     }
 
 
+def _descriptions(n_classes: int) -> dict[str, str]:
+    return {name: _description(method, n_classes) for name, method in methods.METHODS.items()}
+
+
 def _description(method: methods.Method, n_classes: int) -> str:
-    """The settings of a loss, as its ``repr`` says them; of a tuned one, what the validation part chooses from."""
-    if method.is_tuned:
-        return str(method)
-    criterion = method.settings[0].make_criterion([1] * n_classes, {})
-    taken_off = "" if method.taus == (0.0,) else f", tau · log prior taken off the logits: {method.taus}"
-    deferred = ", deferred re-weighting" if method.settings[0].is_deferred else ""
-    return f"{criterion!r}{deferred}{taken_off}"
+    """What a loss is: in words, and a digest of its settings and of the tensors that it makes of unequal counts."""
+    counts = [10 * (i + 1) for i in range(n_classes)]
+    pieces = [str(method.posthoc_taus)]
+    for setting in method.settings:
+        criterion = setting.make_criterion(counts, {})
+        pieces += [str(setting), repr(criterion), *(str(buffer.tolist()) for buffer in criterion.buffers())]
+    return f"{method.code} ({fingerprint.digest(piece.encode() for piece in pieces)})"
 
 
 def _part_counts(dataset: data.Dataset, seed: int) -> dict[str, list[int]]:

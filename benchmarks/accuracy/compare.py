@@ -16,6 +16,7 @@ from benchmarks.accuracy.results import Metrics, Run, metrics
 
 CONFIDENCE = 0.95
 FEW_SEEDS = 8  # below, an interval that allows for so many comparisons hardly excludes anything
+SAME = 1e-9  # differences that vary less are the same but for rounding: two seeds can fall alike by chance
 N_RAREST = 2
 
 FIGURES: dict[str, Callable[[Metrics], float]] = {
@@ -25,7 +26,10 @@ FIGURES: dict[str, Callable[[Metrics], float]] = {
 
 
 class Difference(NamedTuple):
-    """Mean over the seeds of paired differences, and the bounds of its interval (``None`` for one seed)."""
+    """Mean over the seeds of paired differences, and the bounds of its interval.
+
+    ``None`` where there is no telling: for one seed, and where all seeds have the same difference.
+    """
 
     mean: float
     low: float | None
@@ -55,9 +59,9 @@ def paired_difference(
     Source:
         Nadeau and Bengio 2003, Inference for the generalization error, section 3 (https://doi.org/10.1023/A:1024068626366).
     """
-    differences = np.subtract(values, baseline)
+    differences = np.array([value - other for value, other in zip(values, baseline, strict=True)])
     mean, n = float(differences.mean()), len(differences)
-    if n == 1:
+    if n == 1 or differences.std(ddof=1) < SAME:
         return Difference(mean, None, None)
     quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * n_comparisons), n - 1)
     half = float(quantile * differences.std(ddof=1) * math.sqrt(1 / n + overlap))
@@ -72,6 +76,7 @@ class Results:
     class_names: tuple[str, ...]
     counts: dict[str, np.ndarray]  # by part: images of each class, the mean over the seeds
     has_own_test: bool  # every seed has a test part of its own
+    is_quick: bool  # a trial of the command, of few images and epochs
     runs: tuple[Run, ...]
 
     @property
@@ -127,6 +132,7 @@ def read(folder: Path) -> Results:
         class_names=class_names,
         counts={part: np.mean([of_seed[part] for of_seed in counts], axis=0) for part in counts[0]},
         has_own_test=settings[results.DATA]["test set"] is None,
+        is_quick=settings["quick"],
         runs=tuple(run for run in runs if run.seed in finished),
     )
 
@@ -149,39 +155,46 @@ def points(difference: Difference) -> str:
 
 def recommendation(found: Results) -> str:
     """A few sentences for whoever wants to know what to train with: which loss, by how much, with what certainty."""
+    if found.is_quick:
+        return "Nothing to recommend: this was a quick trial of the command.\n"
     if not found.compared:
         return f"Nothing to recommend: no loss was compared with {BASELINE}.\n"
     if found.n_seeds == 1:
-        return "Nothing to recommend: one seed says nothing about chance. --seeds 10 goes on from here.\n"
-    lines = [f"What to train with, by {found.title}, {found.n_seeds} seeds, {len(found.compared)} comparisons:"]
-    lines += [f"- {_advice(found, figure)}" for figure in FIGURES]
-    if worse := [loss for loss in found.compared if found.difference(loss, "macro-F1").is_worse]:
-        lines.append(f"- Worse than {BASELINE} beyond chance in macro-F1: {', '.join(worse)}.")
+        return "Nothing to recommend: one seed says nothing about chance. The same command with --seeds 10 goes on.\n"
+    lines = [
+        f"What to train with, by {found.title}, {found.n_seeds} seeds, {len(found.compared)} losses beside {BASELINE}.",
+        "Macro-F1 counts false alarms of the rare classes, balanced accuracy counts only what is found of them.",
+    ]
+    for figure in FIGURES:
+        lines += [f"- {_advice(found, figure)}", *_warning(found, figure)]
     if found.n_seeds < FEW_SEEDS:
-        lines.append(f"- {found.n_seeds} seeds can show large differences only; --seeds 10 goes on from here.")
+        lines.append(f"- {found.n_seeds} seeds show large differences only; the same command with --seeds 10 goes on.")
     if not found.has_own_test:
-        lines.append("- All seeds share one test part: the intervals say nothing about other test images.")
+        lines.append("- All seeds share one test part: the intervals say nothing of other images to train or test on.")
     return "\n".join(lines) + "\n"
 
 
 def _advice(found: Results, figure: str) -> str:
     """On the loss that is best in this figure, and what it does to the other."""
+    score = 100 * np.mean([FIGURES[figure](scores) for scores in found.of_loss(BASELINE)])
     better = [loss for loss in found.compared if found.difference(loss, figure).is_better]
     best = max(better or found.compared, key=lambda loss: found.difference(loss, figure).mean)
-    difference = found.difference(best, figure)
-    score = np.mean([FIGURES[figure](scores) for scores in found.of_loss(BASELINE)])
-    of_baseline = f"{BASELINE} has {100 * score:.1f} %"
-    if not difference.is_better:
+    gain = points(found.difference(best, figure))
+    if not better:
         return (
-            f"{figure}: no difference to {BASELINE} that these seeds can show ({of_baseline}; the best, {best}, "
-            f"{points(difference)} points)."
+            f"{figure}: {BASELINE} ({score:.1f} %). No loss is better by more than these seeds can owe to chance; "
+            f"{best} comes nearest, {gain} points."
         )
     (other,) = (name for name in FIGURES if name != figure)
-    price = found.difference(best, other)
-    clear = "" if price.is_better or price.is_worse else ", within chance"
     others = [loss for loss in better if loss != best]
-    also = f" Better than {BASELINE} beyond chance, too: {', '.join(others)}." if others else ""
+    also = f" Better beyond chance, too: {', '.join(others)}." if others else ""
     return (
-        f"{figure}: {best}, {points(difference)} points ({of_baseline}; {100 * CONFIDENCE:.0f}% interval of all "
-        f"comparisons together). Its {other}: {points(price)}{clear}.{also}"
+        f"{figure}: {best}, {gain} points over {BASELINE} ({score:.1f} %), beyond chance: the {100 * CONFIDENCE:.0f}% "
+        f"interval allows for all losses compared. It changes {other} by {points(found.difference(best, other))}. In "
+        f"code: {METHODS[best].code}.{also}"
     )
+
+
+def _warning(found: Results, figure: str) -> list[str]:
+    worse = [loss for loss in found.compared if found.difference(loss, figure).is_worse]
+    return [f"- {figure}: worse than {BASELINE} beyond chance: {', '.join(worse)}."] if worse else []

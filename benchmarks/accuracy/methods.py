@@ -17,7 +17,7 @@ from lmf_triton import (
 )
 
 Counts = Sequence[int]
-LossOptions = dict[str, float | Tensor | None]
+LossOptions = dict[str, float | str | Tensor | None]
 
 BASELINE = "cross-entropy"
 SMOOTHING = 0.1  # label smoothing's usual
@@ -56,6 +56,19 @@ class Setting:
         words += ["deferred re-weighting"] if self.is_deferred else []
         return ", ".join(words) or "as it is"
 
+    @property
+    def code(self) -> str:
+        """The loss as a user writes it."""
+        name = {"cross-entropy": "FocalLoss", "focal": "FocalLoss", "ldam": "LDAMLoss", "lmf": "LMFLoss"}[self.loss]
+        arguments = [] if name == "FocalLoss" else ["counts"]
+        arguments += ["gamma=0"] if self.loss == "cross-entropy" else []
+        arguments += [f"{option}={value!r}" for option, value in self.options]
+        arguments += [f"weight={WEIGHTS[self.weights].__name__}(counts)"] if self.weights else []
+        arguments += [f"logit_adjustment=log_prior_adjustment(counts, tau={self.tau:g})"] if self.tau else []
+        code = f"{name}({', '.join(arguments)})"
+        share = f"start_epoch={DRW_SHARE:g} * epochs"
+        return f"{code} with DeferredReweighting(criterion, counts, {share})" if self.is_deferred else code
+
     def make_criterion(self, counts: Counts, shared: LossOptions) -> nn.Module:
         """The loss for these training counts; ``shared`` are options of all losses of an experiment, if not its own."""
         own: LossOptions = dict(self.options)
@@ -76,19 +89,31 @@ class Setting:
 class Method:
     """What is trained, and what is taken off the logits before they are compared.
 
-    Of several settings or several ``taus`` the validation part chooses, by macro-F1.
+    Of several settings or several ``posthoc_taus`` the validation part chooses, by macro-F1.
     """
 
     settings: tuple[Setting, ...]
-    taus: tuple[float, ...] = (0.0,)  # tau · log prior is taken off the logits (Menon et al. 2021, section 4.1)
+    posthoc_taus: tuple[float, ...] = (0.0,)  # tau · log prior is taken off (Menon et al. 2021, section 4.1)
 
     @property
     def is_tuned(self) -> bool:
+        """Whether ``benchmarks.accuracy.sweep`` has to try its settings first."""
         return len(self.settings) > 1
 
-    def __str__(self) -> str:
-        described = " | ".join(f"{setting.loss}: {setting}" for setting in self.settings)
-        return described if self.taus == (0.0,) else f"{described}; logits less tau · log prior, tau of {self.taus}"
+    @property
+    def is_posthoc(self) -> bool:
+        return self.posthoc_taus != (0.0,)
+
+    @property
+    def code(self) -> str:
+        """What a user writes to have the same; of a tuned one the name of its loss."""
+        if self.is_tuned:
+            return f"{self.settings[0].loss} with the settings that metrics.csv names"
+        if not self.is_posthoc:
+            return self.settings[0].code
+        tau = f"{self.posthoc_taus[0]:g}" if len(self.posthoc_taus) == 1 else "the tau that metrics.csv names"
+        predict = f"(logits - log_prior_adjustment(counts, tau={tau})).argmax(1)"
+        return f"{self.settings[0].code}; predict {predict}"
 
 
 def _one(loss: str = BASELINE, **changes) -> Method:
@@ -104,7 +129,7 @@ TAUS = tuple(i / 10 for i in range(16))
 _MARGINS = tuple(
     {"options": (("scale", scale), ("max_margin", margin))} for scale, margin in product((1, 5), (0.5, 1, 2, 4))
 )
-TUNED = {
+CANDIDATES = {
     "cross-entropy": _settings(
         "cross-entropy",
         {},
@@ -123,8 +148,6 @@ TUNED = {
     "ldam": _settings("ldam", *_MARGINS),
     "lmf": _settings("lmf", *_MARGINS),
 }
-N_SETTINGS = 8
-assert all(len(settings) == N_SETTINGS for settings in TUNED.values())
 
 AUTHORS = (("alpha", 1.5), ("scale", 30), ("reduction", "mean_per_term"))
 METHODS = {
@@ -137,7 +160,9 @@ METHODS = {
     "cross-entropy-posthoc": Method((Setting(),), (1.0,)),
     "cross-entropy-posthoc-tuned": Method((Setting(),), TAUS),
     "focal": _one("focal"),
+    "focal-posthoc-tuned": Method((Setting("focal"),), TAUS),
     "ldam": _one("ldam"),
+    "ldam-posthoc-tuned": Method((Setting("ldam"),), TAUS),
     "ldam-drw": _one("ldam", is_deferred=True),
     "lmf": _one("lmf"),
     "lmf-authors": _one("lmf", options=AUTHORS, weights="margins"),
@@ -145,6 +170,6 @@ METHODS = {
     "lmf-adjusted": _one("lmf", tau=1.0),
     "lmf-adjusted-half": _one("lmf", tau=0.5),
     "lmf-posthoc-tuned": Method((Setting("lmf"),), TAUS),
-    **{f"{loss}-tuned": Method(settings) for loss, settings in TUNED.items()},
+    **{f"{loss}-tuned": Method(settings) for loss, settings in CANDIDATES.items()},
 }
 DEFAULT = tuple(name for name, method in METHODS.items() if not method.is_tuned)

@@ -204,12 +204,12 @@ def train(task: Task, split: Split, seed: int, setting: Setting, title: str) -> 
 
 def decide(task: Task, split: Split, trained: Trained, method: Method) -> Decision:
     """The tau of a method; of several the one with the best macro-F1 on the validation part, of equals the first."""
-    if len(method.taus) == 1 and not method.taus[0]:
+    if not method.is_posthoc:
         return Decision(0.0, trained.validation_f1)
     logits, labels = predict_logits(trained.network, task, split.validation), task.dataset.labels[split.validation]
     log_prior = log_prior_adjustment(class_counts(task.dataset, split.train))
-    scores = [macro_f1(labels, (logits - tau * log_prior).argmax(1).numpy()) for tau in method.taus]
-    return Decision(method.taus[int(np.argmax(scores))], max(scores))
+    scores = [macro_f1(labels, (logits - tau * log_prior).argmax(1).numpy()) for tau in method.posthoc_taus]
+    return Decision(method.posthoc_taus[int(np.argmax(scores))], max(scores))
 
 
 def initial_network(task: Task, seed: int) -> nn.Module:

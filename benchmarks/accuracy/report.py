@@ -19,6 +19,7 @@ from benchmarks.accuracy.methods import BASELINE, METHODS
 from benchmarks.accuracy.results import CALIBRATION_BINS, GRAD_CAM, replace_file
 
 DPI = 150
+TRADE_MARGIN = 0.15  # around the losses, of their range
 MAX_SHOWN = 5  # classes in the picture of the rarest
 MAX_ANNOTATED = 10  # classes whose confusion matrix still has room for numbers
 # After Okabe and Ito: the colour-blind tell them apart too.
@@ -73,7 +74,10 @@ def _caption(found: Results) -> str:
     caption = f"{found.title}, {_seeds(found)}, {n_test} test images. {own}"
     if found.n_seeds > 1:
         caption += " Mean ± standard deviation over the seeds."
-    return f"{caption} Balanced accuracy is macro recall; ECE the expected calibration error, {CALIBRATION_BINS} bins."
+    return (
+        f"{caption} Balanced accuracy is macro recall; ECE the expected calibration error of softmax(logits), whatever "
+        f"the loss's scale, {CALIBRATION_BINS} bins."
+    )
 
 
 def _seeds(found: Results) -> str:
@@ -102,7 +106,7 @@ def differences(found: Results) -> str:
         corrected = (
             "allow for the overlap of the splits (Nadeau and Bengio 2003)"
             if found.has_own_test
-            else ("are over the seeds, for this test part alone")
+            else "are over the seeds, for this pool of training images and this test part alone"
         )
         caption += (
             f". The intervals {corrected}, and of a column's {len(found.compared)} all hold together with "
@@ -138,10 +142,14 @@ def _color(loss: str) -> str:
     return COLORS[METHODS[loss].settings[0].loss]
 
 
-def draw_trade(axes: Axes, found: Results) -> None:
-    """Each loss by its differences to cross-entropy in both figures, with their intervals."""
+def _draw_trade(axes: Axes, found: Results) -> None:
+    """Each loss by its differences to cross-entropy in both figures, with their intervals as far as there is room."""
     axes.axhline(0, color="#BBBBBB", linewidth=0.8)
     axes.axvline(0, color="#BBBBBB", linewidth=0.8)
+    for figure, limit in zip(FIGURES, (axes.set_xlim, axes.set_ylim), strict=True):
+        means = [0.0, *(100 * found.difference(loss, figure).mean for loss in found.compared)]
+        room = TRADE_MARGIN * (max(means) - min(means)) + 1
+        limit(min(means) - room, max(means) + room)
     for loss in found.compared:
         x, y = (found.difference(loss, figure) for figure in FIGURES)
         is_clear = any(difference.is_better or difference.is_worse for difference in (x, y))
@@ -169,9 +177,12 @@ def plot_trade(panels: Sequence[Results], path: Path, n_columns: int = 2) -> Non
     n_columns = min(n_columns, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     figure = Figure(figsize=(5 * n_columns, 4 * n_rows + 0.5), dpi=DPI, layout="constrained")
-    for axes, found in zip(figure.subplots(n_rows, n_columns, squeeze=False).flat, panels, strict=False):
-        draw_trade(axes, found)
+    all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    for axes, found in zip(all_axes, panels, strict=False):
+        _draw_trade(axes, found)
         axes.set_title(f"{found.title}, {_seeds(found)}", fontsize=8)
+    for axes in list(all_axes)[len(panels) :]:
+        axes.set_visible(False)
     figure.supxlabel("macro-F1: difference to cross-entropy, points", fontsize=9)
     figure.supylabel("balanced accuracy: difference to cross-entropy, points", fontsize=9)
     _save(figure, path)

@@ -25,12 +25,12 @@ PREDICTIONS, METRICS, SETTINGS = "predictions.csv.gz", "metrics.csv", "settings.
 GRAD_CAM = "gradcam.json"
 SWEEP = "sweep.csv"
 LOCK = ".lock"
-EXTENT = ("losses", "seeds")  # settings that say how much to train, and change no result
-METHODS = "methods"  # the setting that says of each loss by its name what it is; others may be added later
+EXTENT = ("losses", "seeds")  # settings that say how much to train, change no result, and only ever grow
+DESCRIPTIONS = "descriptions"  # the setting that says of each loss by its name what it is; others may be added later
 DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
 WEIGHTS = "weights"  # one of the digests of DATA
 CLASS_NAMES, CLASS_COUNTS = "class names", "class counts"  # for whoever reads results without the data; DATA tells more
-GROWING = (METHODS, SPLITS, CLASS_COUNTS)  # an entry for each loss or seed, and more of them later
+GROWING = (DESCRIPTIONS, SPLITS, CLASS_COUNTS)  # an entry for each loss or seed, and more of them later
 APART = (*EXTENT, *GROWING, CLASS_NAMES)  # settings that are not compared as a whole
 CONFIDENCE_DECIMALS = 3
 CALIBRATION_BINS = 15  # Guo et al. 2017
@@ -54,10 +54,10 @@ class Run:
     labels: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray  # probability of the predicted class, float, rounded to CONFIDENCE_DECIMALS
-    choice: str  # of a method that the validation part tunes: what it chose
+    choice: str  # what the validation part chose, if anything
     best_epoch: int
     validation_f1: float
-    seconds: float
+    seconds: float  # of the training, which several may share, and of the prediction
 
     @property
     def key(self) -> tuple[str, int]:
@@ -130,17 +130,16 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def fingerprint_of(settings: dict) -> str:
-    """The one fingerprint of what a result depends on: all settings but those that say how much to train."""
+    """The one fingerprint of what all results of a folder depend on: not that of single losses or seeds."""
     decisive = {name: value for name, value in settings.items() if name not in APART}
     return fingerprint.digest([json.dumps(decisive, sort_keys=True).encode()])
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Whether results of these settings may be added to this folder. More losses or seeds than before may be asked for.
+    """Whether results of these settings may be added to this folder, with whatever losses and seeds it has already.
 
     Raises:
-        DifferentSettings: the folder holds results of other data or settings, of losses or seeds that are not asked
-            for, or results that do not say what they depend on.
+        DifferentSettings: the folder holds results of other data or settings, or that do not say what they depend on.
     """
     if not any((folder / name).exists() for name in (SETTINGS, METRICS, PREDICTIONS, GRAD_CAM, SWEEP)):
         return
@@ -167,14 +166,9 @@ def _differences(earlier: dict, settings: dict) -> list[str]:
     ]
     differences += _data_differences(earlier[DATA], settings[DATA])
     differences += [
-        f"{loss} {description!r} there, {settings[METHODS][loss]!r} now"
-        for loss, description in earlier.get(METHODS, {}).items()
-        if settings[METHODS].get(loss, description) != description
-    ]
-    differences += [
-        f"{name} {earlier[name]!r} there, {settings[name]!r} now"
-        for name in EXTENT
-        if name in earlier and name in settings and not set(earlier[name]) <= set(settings[name])
+        f"{loss} {description!r} there, {settings[DESCRIPTIONS][loss]!r} now"
+        for loss, description in earlier.get(DESCRIPTIONS, {}).items()
+        if settings[DESCRIPTIONS].get(loss, description) != description
     ]
     return differences or [
         f"seed {seed} splits the same images in another way (by another version of scikit-learn or NumPy)"
@@ -197,6 +191,12 @@ def read_settings(folder: Path) -> dict:
         return json.loads((folder / SETTINGS).read_text())
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def with_former(folder: Path, settings: dict) -> dict:
+    """The settings, with the losses and seeds that the folder was asked for before."""
+    former = read_settings(folder).get("settings", {})
+    return settings | {name: list(dict.fromkeys([*former.get(name, ()), *settings[name]])) for name in EXTENT}
 
 
 def record_settings(folder: Path, settings: dict, environment: dict) -> None:

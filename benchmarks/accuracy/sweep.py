@@ -1,9 +1,9 @@
 """Tune each loss on the validation part, with as many settings for one as for another.
 
-``python -m benchmarks.accuracy.sweep --dataset ham10000 --data PATH`` tries all settings of ``methods.TUNED`` with each
-seed, and writes ``sweep.csv`` and ``sweep.md`` beside the experiment's results. The test part is never looked at. With
-each seed, ``python -m benchmarks.accuracy --losses lmf-tuned`` then trains what was best here. Interrupted, the same
-command goes on where it stopped.
+``python -m benchmarks.accuracy.sweep --dataset ham10000 --data PATH`` tries ``methods.CANDIDATES`` with each seed,
+and writes ``sweep.csv`` and ``sweep.md`` beside the experiment's results. The test part is never looked at. With each
+seed, ``python -m benchmarks.accuracy --losses lmf-tuned`` then trains what was best here. Interrupted, the same command
+goes on where it stopped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def choices(folder: Path, keys: Sequence[tuple[str, int]]) -> dict[tuple[str, in
     """The setting of each loss and seed: of a tuned one what is best on the validation part, of equals the first.
 
     Raises:
-        NotTuned: a setting of a tuned loss was not tried with a seed.
+        NotTuned: a candidate of a tuned loss was not tried with a seed.
     """
     tried = _read(folder)
     chosen = {}
@@ -42,8 +42,8 @@ def choices(folder: Path, keys: Sequence[tuple[str, int]]) -> dict[tuple[str, in
             missing = [setting for setting in settings if (loss, str(setting), seed) not in tried]
             if missing:
                 raise NotTuned(
-                    f"{loss}, seed {seed}: {len(missing)} of {len(settings)} settings are not tried yet. "
-                    "Run benchmarks.accuracy.sweep with the same arguments first."
+                    f"{loss}, seed {seed}: {folder} does not have {len(missing)} of its {len(settings)} settings yet. "
+                    f"First run benchmarks.accuracy.sweep with --losses {loss} and otherwise the same arguments."
                 )
             scores = [float(tried[loss, str(setting), seed]["validation_macro_f1"]) for setting in settings]
             chosen[loss, seed] = settings[int(np.argmax(scores))]
@@ -87,12 +87,13 @@ def train_all(task: protocol.Task, losses: Sequence[str], settings: dict, folder
 
 
 def table(folder: Path, title: str) -> str:
-    """A line for each setting: its score, and how often it was the best of its loss."""
+    """A line for each setting: its score, and how often it was the best of its loss. Of losses that are all tried."""
     rows = _read(folder)
+    seeds = sorted({seed for _, _, seed in rows})
     scores: dict[tuple[str, str], dict[int, float]] = {}
     for (loss, setting, seed), row in rows.items():
-        scores.setdefault((loss, setting), {})[seed] = float(row["validation_macro_f1"])
-    seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in scores.values())))
+        if all((loss, str(candidate), s) in rows for candidate in METHODS[loss].settings for s in seeds):
+            scores.setdefault((loss, setting), {})[seed] = float(row["validation_macro_f1"])
     chosen = choices(folder, [(loss, seed) for loss in {loss for loss, _ in scores} for seed in seeds])
     lines = []
     for (loss, setting), of_seeds in scores.items():
