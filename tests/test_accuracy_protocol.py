@@ -433,7 +433,7 @@ def test_quick_command_leaves_all_outputs(quick):
     folder, output = quick
     names = {path.name for path in folder.iterdir()}
     tables = {"table1.md", "table2.md", "differences.md", "recommendation.md"}
-    pictures = {"rarest_classes.png", "confusion.png", "gradcam.png", "trade.png"}
+    pictures = {"rarest_classes.png", "confusion.png", "gradcam.png", "differences.png"}
     assert names == tables | pictures | {"settings.json", "metrics.csv", "predictions.csv.gz", "gradcam.json"}
     for name in tables:
         assert (folder / name).read_text() in output

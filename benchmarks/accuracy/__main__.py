@@ -117,7 +117,8 @@ def write_report(task: protocol.Task, settings: dict, folder: Path) -> str:
     for name, text in written.items():
         results.replace_file(folder / name, text.encode())
     report.plot_rarest(found, folder / "rarest_classes.png")
-    report.plot_trade([found], folder / "trade.png")
+    if found.compared:
+        report.plot_differences({f"{found.title}, {found.n_seeds} seeds": found}, folder / "differences.png")
     report.plot_confusion(found, folder / "confusion.png")
     index = rarest_test_image(task, protocol.split(dataset, GRAD_CAM_SEED))
     maps = report.read_grad_cams(folder)

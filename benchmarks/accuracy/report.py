@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from benchmarks.accuracy.compare import CONFIDENCE, FIGURES, Results, points, recommendation
+from benchmarks.accuracy.compare import CONFIDENCE, FIGURES, Difference, Results, points, recommendation
 from benchmarks.accuracy.methods import BASELINE, METHODS
 from benchmarks.accuracy.results import CALIBRATION_BINS, GRAD_CAM, replace_file
 
 DPI = 150
-TRADE_MARGIN = 0.15  # around the losses, of their range
+MAX_HALF = 8  # points beside the outermost mean that a picture of differences still shows
+EXPERIMENT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#777777")
 MAX_SHOWN = 5  # classes in the picture of the rarest
 MAX_ANNOTATED = 10  # classes whose confusion matrix still has room for numbers
 # After Okabe and Ito: the colour-blind tell them apart too.
@@ -142,50 +143,42 @@ def _color(loss: str) -> str:
     return COLORS[METHODS[loss].settings[0].loss]
 
 
-def _draw_trade(axes: Axes, found: Results) -> None:
-    """Each loss by its differences to cross-entropy in both figures, with their intervals as far as there is room."""
-    axes.axhline(0, color="#BBBBBB", linewidth=0.8)
-    axes.axvline(0, color="#BBBBBB", linewidth=0.8)
-    for figure, limit in zip(FIGURES, (axes.set_xlim, axes.set_ylim), strict=True):
-        means = [0.0, *(100 * found.difference(loss, figure).mean for loss in found.compared)]
-        room = TRADE_MARGIN * (max(means) - min(means)) + 1
-        limit(min(means) - room, max(means) + room)
-    for loss in found.compared:
-        x, y = (found.difference(loss, figure) for figure in FIGURES)
-        is_clear = any(difference.is_better or difference.is_worse for difference in (x, y))
-        bars = {
-            f"{axis}err": [[100 * (d.mean - d.low)], [100 * (d.high - d.mean)]]
-            for axis, d in (("x", x), ("y", y))
-            if d.low is not None
-        }
-        axes.errorbar(
-            100 * x.mean,
-            100 * y.mean,
-            **bars,
-            fmt="o",
-            markersize=4,
-            elinewidth=0.6,
-            color=_color(loss),
-            alpha=1 if is_clear else 0.45,
-        )
-        axes.annotate(loss, (100 * x.mean, 100 * y.mean), (3, 3), textcoords="offset points", fontsize=6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def plot_trade(panels: Sequence[Results], path: Path, n_columns: int = 2) -> None:
-    """What macro-F1 and balanced accuracy each loss gains or loses, an experiment a panel."""
-    n_columns = min(n_columns, len(panels))
-    n_rows = math.ceil(len(panels) / n_columns)
-    figure = Figure(figsize=(5 * n_columns, 4 * n_rows + 0.5), dpi=DPI, layout="constrained")
-    all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
-    for axes, found in zip(all_axes, panels, strict=False):
-        _draw_trade(axes, found)
-        axes.set_title(f"{found.title}, {_seeds(found)}", fontsize=8)
-    for axes in list(all_axes)[len(panels) :]:
-        axes.set_visible(False)
-    figure.supxlabel("macro-F1: difference to cross-entropy, points", fontsize=9)
-    figure.supylabel("balanced accuracy: difference to cross-entropy, points", fontsize=9)
+def plot_differences(experiments: Mapping[str, Results], path: Path) -> None:
+    """Differences to cross-entropy with their intervals: a panel for each figure, a colour for each experiment."""
+    losses = [loss for loss in METHODS if any(loss in found.compared for found in experiments.values())]
+    height = 1.6 + (0.16 + 0.14 * len(experiments)) * len(losses)
+    figure = Figure(figsize=(9, height), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(FIGURES), sharey=True)
+    for axes, name in zip(panels, FIGURES, strict=True):
+        means = []
+        for position, (title, found) in enumerate(experiments.items()):
+            shown = [loss for loss in losses if loss in found.compared]
+            differences = [found.difference(loss, name) for loss in shown]
+            means += [100 * difference.mean for difference in differences]
+            offset = (position - (len(experiments) - 1) / 2) * 0.7 / len(experiments)
+            for loss, difference in zip(shown, differences, strict=True):
+                _draw_difference(axes, difference, losses.index(loss) + offset, EXPERIMENT_COLORS[position])
+            axes.plot([], [], "o", markersize=4, color=EXPERIMENT_COLORS[position], label=title)
+        axes.axvline(0, color="#999999", linewidth=0.8)
+        # Two or three seeds have intervals of a hundred points, which would leave no room for the rest.
+        axes.set_xlim(min(0, *means) - MAX_HALF, max(0, *means) + MAX_HALF)
+        axes.set_xlabel(f"{name}: difference to {BASELINE}, points", fontsize=8)
+        axes.set_yticks(range(len(losses)), losses, fontsize=8)
+        axes.xaxis.grid(True, color="#DDDDDD", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def _draw_difference(axes: Axes, difference: Difference, row: float, color: str) -> None:
+    """Filled where the interval excludes 0."""
+    is_clear = difference.is_better or difference.is_worse
+    if difference.low is not None and difference.high is not None:
+        axes.plot([100 * difference.low, 100 * difference.high], [row, row], color=color, linewidth=0.9)
+    face = color if is_clear else "white"
+    axes.plot(100 * difference.mean, row, "o", markersize=4, color=color, markerfacecolor=face)
 
 
 def plot_confusion(found: Results, path: Path) -> None:
