@@ -163,7 +163,8 @@ def recommendation(found: Results) -> str:
         return "Nothing to recommend: one seed says nothing about chance. The same command with --seeds 10 goes on.\n"
     lines = [
         f"What to train with, by {found.title}, {found.n_seeds} seeds, {len(found.compared)} losses beside {BASELINE}.",
-        "Macro-F1 counts false alarms of the rare classes, balanced accuracy counts only what is found of them.",
+        "Macro-F1 counts false alarms of the rare classes, balanced accuracy counts only what is found of them. The "
+        f"intervals are {100 * CONFIDENCE:.0f} %, for all losses together.",
     ]
     for figure in FIGURES:
         lines += [f"- {_advice(found, figure)}", *_warning(found, figure)]
@@ -182,16 +183,15 @@ def _advice(found: Results, figure: str) -> str:
     gain = points(found.difference(best, figure))
     if not better:
         return (
-            f"{figure}: {BASELINE} ({score:.1f} %). No loss is better by more than these seeds can owe to chance; "
-            f"{best} comes nearest, {gain} points."
+            f"{figure}: no gain that these seeds can show, so {BASELINE} ({score:.1f} %) will do. Nearest to one comes "
+            f"{best}, {gain} points."
         )
     (other,) = (name for name in FIGURES if name != figure)
     others = [loss for loss in better if loss != best]
     also = f" Better beyond chance, too: {', '.join(others)}." if others else ""
     return (
-        f"{figure}: {best}, {gain} points over {BASELINE} ({score:.1f} %), beyond chance: the {100 * CONFIDENCE:.0f}% "
-        f"interval allows for all losses compared. It changes {other} by {points(found.difference(best, other))}. In "
-        f"code: {METHODS[best].code}.{also}"
+        f"{figure}: {best}, {gain} points over {BASELINE} ({score:.1f} %), beyond chance. It changes {other} by "
+        f"{points(found.difference(best, other))}. In code: {METHODS[best].code}.{also}"
     )
 
 
