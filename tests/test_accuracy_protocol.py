@@ -653,6 +653,7 @@ def test_an_interrupted_sweep_goes_on_and_shows_what_is_whole(capsys, monkeypatc
         (("--learning-rate", "0.01"), "learning_rate 0.001 there, 0.01 now"),
         (("--threads", "2"), "threads 1 there, 2 now"),
         (("--image-size", "20"), "image_size 28 there, 20 now"),
+        (("--decay", "cosine"), "decay 'steps' there, 'cosine' now"),
         (("--logit-adjustment", "1.5"), "logit_adjustment None there, 1.5 now"),
         (("--label-smoothing", "0.1"), "label_smoothing None there, 0.1 now"),
     ],

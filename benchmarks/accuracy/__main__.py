@@ -20,6 +20,7 @@ from benchmarks.accuracy.methods import DEFAULT, METHODS, Method, Setting
 from lmf_triton import log_prior_adjustment
 
 GRAD_CAM_SEED = 0
+SAVING_SHARE = 10  # so many times as long as saving takes is trained before the next: all predictions are written anew
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
-    """Train what is not finished yet, and save after each."""
+    """Train what is not finished yet, and save after each, or as often as saving takes little of the time."""
     losses, names = settings["losses"], task.dataset.class_names
     keys = [(loss, seed) for seed in settings["seeds"] for loss in losses]
     # Of the seed that is explained, a run without its map is not finished: its network is gone.
@@ -50,12 +51,23 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
         trainings.setdefault((seed, chosen[loss, seed]), []).append(loss)
     if pending:
         results.record_settings(folder, settings, command.environment(task))
-    with tqdm(total=len(keys), initial=len(runs), desc="losses x seeds", unit="run") as progress:
-        for (seed, setting), of_training in trainings.items():
-            runs |= {run.key: run for run in train_one(task, setting, of_training, seed, folder)}
+
+    def save() -> float:
+        start = time.monotonic()
+        results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
+        return time.monotonic() - start
+
+    saved_at, cost, n_saved = time.monotonic(), 0.0, len(runs)
+    try:
+        for seed, setting in tqdm(trainings, "losses x seeds", unit="training"):
+            finished = train_one(task, setting, trainings[seed, setting], seed, folder)
             command.check_weights(task, settings)
-            results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
-            progress.update(len(of_training))
+            runs |= {run.key: run for run in finished}
+            if time.monotonic() - saved_at > SAVING_SHARE * cost:
+                cost, saved_at, n_saved = save(), time.monotonic(), len(runs)
+    finally:
+        if len(runs) > n_saved:
+            save()
 
 
 def train_one(

@@ -47,6 +47,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_positive, metavar="N", help=f"the seeds 0 to N - 1 (default: {SEEDS})")
     parser.add_argument("--epochs", type=_positive, help="default: the model's")
     parser.add_argument("--learning-rate", type=_positive_number, help="default: the model's")
+    parser.add_argument("--decay", choices=models.DECAYS, help="how the learning rate falls (default: the model's)")
     parser.add_argument("--image-size", type=_positive, help="height and width in pixels (default: the model's)")
     parser.add_argument(
         "--logit-adjustment",
@@ -124,7 +125,7 @@ def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
         dataset = protocol.by_image(dataset)
     if args.quick:
         dataset, model = protocol.shrink(dataset), replace(model, epochs=protocol.QUICK_EPOCHS)
-    options = {name: getattr(args, name) for name in ("epochs", "learning_rate", "image_size")}
+    options = {name: getattr(args, name) for name in ("epochs", "learning_rate", "decay", "image_size")}
     return dataset, replace(model, **{name: value for name, value in options.items() if value is not None})
 
 
