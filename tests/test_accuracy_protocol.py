@@ -450,11 +450,7 @@ def test_quick_command_leaves_all_outputs(quick):
 @pytest.mark.slow
 def test_metrics_can_be_recomputed_from_the_predictions(quick):
     folder, _ = quick
-    check_metrics(folder, [str(digit) for digit in range(10)])
-
-
-def check_metrics(folder: Path, class_names: list[str]) -> None:
-    """Every line of metrics.csv by scikit-learn, and by hand, from predictions.csv.gz."""
+    class_names = [str(digit) for digit in range(10)]
     predictions: dict[tuple[str, str], list[dict[str, str]]] = {}
     for line in read_csv(folder / "predictions.csv.gz"):
         predictions.setdefault((line["loss"], line["seed"]), []).append(line)

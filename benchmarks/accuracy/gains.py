@@ -33,18 +33,20 @@ def table(found: dict[str, Results]) -> str:
     losses = [name for name in METHODS if any(name in results.losses for results in found.values())]
     rows = []
     for loss in losses:
-        scores = first.of_loss(loss)
-        recall = [np.mean([score.class_recall[label] for score in scores]) for label in first.rarest]
         rows.append(
-            (
-                loss,
-                *(_cell(results, loss) for results in found.values()),
-                " / ".join(f"{100 * value:.0f}" for value in recall),
-                f"{100 * np.mean([score.calibration_error for score in scores]):.1f}",
-            )
+            (loss, *(_cell(results, loss) for results in found.values()), *_rarest_and_calibration(first, loss))
         )
     headers = (f"{name} ({results.n_seeds} seeds)" for name, results in found.items())
-    return report.markdown(("loss", *headers, f"recall of {rarest} %", "ECE %"), rows)
+    return report.markdown(("loss", *headers, f"first column's recall of {rarest} %", "its ECE %"), rows)
+
+
+def _rarest_and_calibration(found: Results, loss: str) -> tuple[str, str]:
+    if loss not in found.losses:
+        return NONE, NONE
+    scores = found.of_loss(loss)
+    recall = (np.mean([score.class_recall[label] for score in scores]) for label in found.rarest)
+    error = np.mean([score.calibration_error for score in scores])
+    return " / ".join(f"{100 * value:.0f}" for value in recall), f"{100 * error:.1f}"
 
 
 def _cell(found: Results, loss: str) -> str:
@@ -64,7 +66,7 @@ def _marked(difference: compare.Difference) -> str:
 
 def main() -> None:
     found = read()
-    report.plot_trade(list(found.values()), PICTURE)
+    report.plot_differences({f"{name}, {each.n_seeds} seeds": each for name, each in found.items()}, PICTURE)
     print(table(found))
 
 
