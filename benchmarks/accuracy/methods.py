@@ -66,8 +66,8 @@ class Setting:
         arguments += [f"weight={WEIGHTS[self.weights].__name__}(counts)"] if self.weights else []
         arguments += [f"logit_adjustment=log_prior_adjustment(counts, tau={self.tau:g})"] if self.tau else []
         code = f"{name}({', '.join(arguments)})"
-        share = f"start_epoch={DRW_SHARE:g} * epochs"
-        return f"{code} with DeferredReweighting(criterion, counts, {share})" if self.is_deferred else code
+        start = f"start_epoch=round({DRW_SHARE:g} * epochs)"
+        return f"{code} with DeferredReweighting(criterion, counts, {start})" if self.is_deferred else code
 
     def make_criterion(self, counts: Counts, shared: LossOptions) -> nn.Module:
         """The loss for these training counts; ``shared`` are options of all losses of an experiment, if not its own."""
