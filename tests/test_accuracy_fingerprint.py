@@ -224,6 +224,20 @@ def test_another_split_of_the_same_images_is_refused(finished_once, tmp_path, mo
     assert "seed 0 splits the same images in another way" in refused(run, data, output, "--seeds", "2", **change)
 
 
+def test_another_split_of_a_seed_that_is_not_asked_for_is_refused_too(finished, monkeypatch, refused):
+    """A loss that is added is trained with all seeds of the folder, not only with those of the command."""
+    data, output = finished
+    assert run(data, output, "--seeds", "2") == [("lmf", 1)]
+    split = protocol.train_test_split
+    monkeypatch.setattr(
+        protocol,
+        "train_test_split",
+        lambda *args, random_state, **options: split(*args, random_state=7 * random_state, **options),
+    )
+    message = refused(run, data, output, "--losses", "focal")  # with seed 0 alone, whose split is the same
+    assert "seed 1 splits the same images in another way" in message
+
+
 @pytest.mark.parametrize(
     ("module", "name", "value", "message"),
     [

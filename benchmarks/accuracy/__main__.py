@@ -150,10 +150,12 @@ def main() -> None:
     folder = command.output_folder(args)
     with results.claim(folder):
         dataset, model = command.load(args)
+        # Another loss is trained with all seeds that the folder has, so all their splits are compared with its own.
+        args.seeds = max(len(command.seeds(args)), results.n_former_seeds(folder))
         settings = command.settings(args, dataset, model)
         settings |= {"losses": list(args.losses), "seeds": command.seeds(args)}
         results.check_settings(folder, settings)
-        settings = results.with_former(folder, settings)
+        settings = results.with_former_losses(folder, settings)
         sweep.choices(folder, [(loss, seed) for loss in settings["losses"] for seed in settings["seeds"]])
         task = command.make_task(args, dataset, model)
         train_all(task, settings, folder)

@@ -193,10 +193,15 @@ def read_settings(folder: Path) -> dict:
         return {}
 
 
-def with_former(folder: Path, settings: dict) -> dict:
-    """The settings, with the losses and seeds that the folder was asked for before."""
-    former = read_settings(folder).get("settings", {})
-    return settings | {name: list(dict.fromkeys([*former.get(name, ()), *settings[name]])) for name in EXTENT}
+def n_former_seeds(folder: Path) -> int:
+    """How many seeds the folder was asked for before."""
+    return len(read_settings(folder).get("settings", {}).get("seeds", ()))
+
+
+def with_former_losses(folder: Path, settings: dict) -> dict:
+    """The settings, with the losses that the folder was asked for before."""
+    former = read_settings(folder).get("settings", {}).get("losses", ())
+    return settings | {"losses": list(dict.fromkeys([*former, *settings["losses"]]))}
 
 
 def record_settings(folder: Path, settings: dict, environment: dict) -> None:
