@@ -14,6 +14,8 @@ pytestmark = pytest.mark.slow  # whole trainings, in processes of their own
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
+ABORTED = "terminate called without an active exception"
+ATTEMPTS = 3
 RECIPES = dict(section.split("\n", 1) for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:])
 
 
@@ -45,7 +47,18 @@ def test_recipe(heading, tmp_path, request):
         "OMP_NUM_THREADS": "1",  # so small that more threads only slow them down
     }
     environment.pop("TRITON_INTERPRET", None)  # a user has not set it
-    process = subprocess.run(
-        shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    for _ in range(ATTEMPTS):
+        process = subprocess.run(
+            shlex.split(command),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        # With gloo, PyTorch 2.11 at times aborts a process that has done its work as it exits, which takes the other
+        # down: with F.cross_entropy in the loss's place too. Compare pytorch/pytorch #179291.
+        if ABORTED not in process.stderr:
+            break
     assert process.returncode == 0, process.stdout + process.stderr
