@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import re
 import struct
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,19 +158,26 @@ def test_fashion_mnist_with_a_file_missing(tmp_path):
     assert_names(error, "fashion-mnist-lt", tmp_path / "t10k-labels-idx1-ubyte.gz")
 
 
-@pytest.mark.parametrize("fault", ["truncated", "not gzip", "cut before compression", "images for labels"])
+@pytest.mark.parametrize("fault", ["truncated", "not gzip", "cut before compression", "images for labels", "empty"])
 def test_fashion_mnist_with_a_damaged_file(fault, tmp_path):
     write_fashion_mnist(tmp_path)
     path = tmp_path / "train-labels-idx1-ubyte.gz"
     if fault == "truncated":
         path.write_bytes(path.read_bytes()[:-6])
-    elif fault == "not gzip":
-        path.write_bytes(b"<html>")
+    elif fault in ("not gzip", "empty"):
+        path.write_bytes(b"<html>" if fault == "not gzip" else b"")
     elif fault == "cut before compression":
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
     else:
         path.write_bytes((tmp_path / "train-images-idx3-ubyte.gz").read_bytes())
     with pytest.raises(MalformedData, match=path.name):
+        load("fashion-mnist-lt", tmp_path)
+
+
+def test_fashion_mnist_with_images_of_two_sizes(tmp_path):
+    write_fashion_mnist(tmp_path)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((2, 32, 32)))
+    with pytest.raises(MalformedData, match=r"images of \(28, 28\) for training, \(32, 32\) for test"):
         load("fashion-mnist-lt", tmp_path)
 
 
@@ -256,6 +265,23 @@ def test_elpv_with_a_malformed_line(line, tmp_path):
         load("elpv", tmp_path)
 
 
+def test_elpv_with_lines_twice_and_of_other_encodings(tmp_path):
+    write_elpv(tmp_path)
+    sheet = tmp_path / "labels.csv"
+    text = sheet.read_text()
+    for encoding in ("utf-16", "utf-8-sig"):
+        sheet.write_bytes((text + text.splitlines()[0] + "\n").encode(encoding))
+        dataset = load("elpv", tmp_path)
+        assert_is_written_elpv(dataset)
+        assert "1 line left out" in dataset.notices[0]
+    sheet.write_text(text + "images/cell0001.png  0.0  mono\n")
+    with pytest.raises(MalformedData, match=r"(?s)more than one label.*images/cell0001\.png: 0, 3"):
+        load("elpv", tmp_path)
+    sheet.write_text("")
+    with pytest.raises(MalformedData, match="no lines"):
+        load("elpv", tmp_path)
+
+
 def test_the_real_elpv():
     pytest.importorskip("elpv_dataset")  # its images are CC BY-NC-SA: the user's own install, not a need of ours
     dataset = load("elpv", None)
@@ -308,6 +334,9 @@ def test_dermamnist_with_the_named_file_missing(tmp_path):
         ({"val_labels": None}, "val_labels"),
         ({"test_labels": np.array([[5], [7]])}, "labels from 0 to 6"),
         ({"val_labels": np.array([[4], [4]])}, "6 images, but 7 labels"),
+        ({"val_images": np.zeros((1, 28, 28, 3), np.float32)}, "must be uint8"),
+        ({"val_images": np.zeros((1, 28), np.uint8)}, "must be uint8"),
+        ({"val_images": np.array([None])}, "not MedMNIST's arrays"),
     ],
 )
 def test_dermamnist_with_malformed_arrays(changes, message, tmp_path):
@@ -316,10 +345,18 @@ def test_dermamnist_with_malformed_arrays(changes, message, tmp_path):
         load("dermamnist", tmp_path)
 
 
-def test_dermamnist_of_an_unfinished_download(tmp_path):
-    write_dermamnist(tmp_path / "dermamnist.npz")
-    content = (tmp_path / "dermamnist.npz").read_bytes()
-    (tmp_path / "dermamnist.npz").write_bytes(content[: len(content) // 2])
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "one array", "bytes inside"])
+def test_dermamnist_of_an_unfinished_download(damage, tmp_path):
+    path = tmp_path / "dermamnist.npz"
+    write_dermamnist(path)
+    content = path.read_bytes()
+    if damage == "one array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        inside = content[:2000] + bytes(500) + content[2500:]
+        changed = {"half": content[: len(content) // 2], "empty": b"", "text": b"<html>", "bytes inside": inside}
+        path.write_bytes(changed[damage])
     with pytest.raises(MalformedData, match=r"dermamnist\.npz"):
         load("dermamnist", tmp_path)
 
@@ -395,6 +432,100 @@ def test_ham10000_with_a_malformed_sheet(rows, message, tmp_path):
         load("ham10000", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("images", "suffix"),
+    [
+        ("HAM10000_images", "jpg"),
+        ("ham10000_images_part_1", "jpg"),
+        ("all images", "JPG"),
+        ("archive/ham10000_images_part_1", "jpg"),
+        (".", "JPG"),
+    ],
+)
+def test_ham10000_with_its_images_in_another_folder(images, suffix, tmp_path):
+    write_sheet(tmp_path / "HAM10000_metadata.csv", HAM10000_HEADER, *HAM10000_ROWS)
+    for name, color in (("0026769", GREEN), ("0025030", BLUE), ("0027419", RED), ("0031633", GREY)):
+        write_image(tmp_path / images / f"ISIC_{name}.{suffix}", color)
+        write_image(tmp_path / "__MACOSX" / images / f"ISIC_{name}.{suffix}", GREY)
+    assert colors(load("ham10000", tmp_path)) == [RED, GREEN, BLUE, GREY]
+
+
+def test_ham10000_with_an_image_in_two_other_folders(tmp_path):
+    write_ham10000(tmp_path)
+    (tmp_path / "HAM10000_images_part_1").rename(tmp_path / "small")
+    write_image(tmp_path / "large" / "ISIC_0026769.jpg", RED)
+    with pytest.raises(MalformedData, match=r"ISIC_0026769\.jpg is in several places.*large.*small"):
+        load("ham10000", tmp_path)
+
+
+def test_ham10000_with_its_sheet_in_lower_case(tmp_path):
+    write_ham10000(tmp_path, "ham10000_metadata.CSV")
+    assert class_of_each(load("ham10000", tmp_path)) == ["bkl", "nv", "bkl", "akiec"]
+
+
+@pytest.mark.parametrize("empty", ["", " ", "nan", "None"])
+def test_ham10000_with_images_without_a_lesion(empty, tmp_path):
+    write_ham10000(tmp_path)
+    rows = [(empty if i in (1, 3) else row[0], *row[1:]) for i, row in enumerate(HAM10000_ROWS)]
+    write_sheet(tmp_path / "HAM10000_metadata.csv", HAM10000_HEADER, *rows)
+    assert load("ham10000", tmp_path).groups.tolist() == [0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("changed", [{"dx": "mel"}, {"lesion_id": "HAM_0000001"}, {"lesion_id": ""}])
+def test_ham10000_with_an_image_under_two_classes_or_lesions(changed, tmp_path):
+    write_ham10000(tmp_path)
+    row = dict(zip(HAM10000_HEADER, HAM10000_ROWS[1], strict=True)) | changed
+    write_sheet(tmp_path / "HAM10000_metadata.csv", HAM10000_HEADER, *HAM10000_ROWS, tuple(row.values()))
+    with pytest.raises(MalformedData) as error:
+        load("ham10000", tmp_path)
+    assert "1 image listed with more than one class or lesion" in str(error.value)
+    assert "ISIC_0026769: 'mel' of" in str(error.value) or "ISIC_0026769: 'nv' of" in str(error.value)
+
+
+def test_ham10000_with_a_line_twice_has_the_image_once(tmp_path):
+    write_ham10000(tmp_path)
+    write_sheet(tmp_path / "HAM10000_metadata.csv", HAM10000_HEADER, *HAM10000_ROWS, HAM10000_ROWS[0], HAM10000_ROWS[1])
+    dataset = load("ham10000", tmp_path)
+    assert colors(dataset) == [RED, GREEN, BLUE, GREY] and dataset.groups.tolist() == [0, 1, 0, 2]
+    assert "2 lines left out" in dataset.notices[0] and "ISIC_0027419, ISIC_0026769" in dataset.notices[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_sheet_as_programs_write_it(encoding, delimiter, end, tmp_path):
+    write_ham10000(tmp_path)
+    rows = [HAM10000_HEADER, *(tuple(f" {cell}" for cell in (*row[:6], "rücken")) for row in HAM10000_ROWS), ("",) * 7]
+    text = end.join(delimiter.join(row) for row in rows) + end
+    (tmp_path / "HAM10000_metadata.csv").write_bytes(text.encode(encoding))
+    dataset = load("ham10000", tmp_path)
+    assert colors(dataset) == [RED, GREEN, BLUE, GREY] and dataset.groups.tolist() == [0, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: content.rindex(b"ISIC_0031633") + 14], "has the unknown class"),
+        (lambda content: content[: content.rindex(b"histo") - 3], "ISIC_0031633 has the unknown class 'aki"),
+        (lambda content: content.replace(b"back", b'"back'), "unexpected end of data"),
+        (lambda content: content.replace(b"back", b"back, left, above"), "line 3 has 9 cells, and the header 7"),
+        (lambda content: content.replace(b"dx_type", b"dx"), "'dx' is there twice"),
+        (lambda content: bytes(200), "zero bytes"),
+        (lambda content: content.decode().encode("utf-16")[:-1], "cut off or damaged"),
+        (lambda content: b"PK\x03\x04" + content, "a workbook or archive"),
+        (lambda content: b"", "no column 'lesion_id'"),
+        (lambda content: content[: content.index(b"\n")], "no lines"),
+    ],
+)
+def test_a_damaged_sheet_is_a_clear_error(damage, message, tmp_path):
+    write_ham10000(tmp_path)
+    sheet = tmp_path / "HAM10000_metadata.csv"
+    sheet.write_bytes(damage(sheet.read_bytes()))
+    with pytest.raises(MalformedData) as error:
+        load("ham10000", tmp_path)
+    assert message in str(error.value) and str(sheet) in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------------- ISIC 2019
 
 ISIC2019_HEADER = ("image", "MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
@@ -466,6 +597,31 @@ def test_isic2019_with_an_image_missing(tmp_path):
     with pytest.raises(MissingData) as error:
         load("isic2019", tmp_path)
     assert_names(error, "isic2019", "ISIC_0026769.jpg", tmp_path / "ISIC_2019_Training_Input")
+
+
+def test_isic2019_with_an_image_under_two_classes_or_lesions_or_twice(tmp_path):
+    write_isic2019(tmp_path)
+    rows = [one_hot(image, name) for image, name in zip(ISIC2019_IMAGES, ("NV", "MEL", "NV", "SCC"), strict=True)]
+    write_sheet(tmp_path / ISIC2019_SHEET, ISIC2019_HEADER, *rows, rows[3])
+    dataset = load("isic2019", tmp_path)
+    assert colors(dataset) == [RED, GREEN, BLUE, GREY] and "ISIC_0053453" in dataset.notices[0]
+    lesions = tmp_path / "ISIC_2019_Training_Metadata.csv"
+    write_sheet(lesions, ("image", "lesion_id"), ("ISIC_0000000", "A"), ("ISIC_0000000", "A"), ("ISIC_0053453", "nan"))
+    assert load("isic2019", tmp_path).groups.tolist() == [0, 1, 2, 3]
+    write_sheet(lesions, ("image", "lesion_id"), ("ISIC_0000000", "A"), ("ISIC_0000000", "B"))
+    with pytest.raises(MalformedData, match=r"(?s)Metadata.*more than one lesion.*ISIC_0000000: 'A', 'B'"):
+        load("isic2019", tmp_path)
+    write_sheet(tmp_path / ISIC2019_SHEET, ISIC2019_HEADER, *rows, one_hot("ISIC_0053453", "NV"))
+    with pytest.raises(MalformedData, match=r"(?s)GroundTruth.*more than one class.*ISIC_0053453: 'NV', 'SCC'"):
+        load("isic2019", tmp_path)
+
+
+@pytest.mark.parametrize(("images", "suffix"), [("train", "jpg"), ("isic_2019_training_input", "JPG")])
+def test_isic2019_with_its_images_in_another_folder(images, suffix, tmp_path):
+    write_isic2019(tmp_path, images)
+    for path in list((tmp_path / images).iterdir()):
+        path.rename(path.with_suffix(f".{suffix}"))
+    assert colors(load("isic2019", tmp_path)) == [RED, GREEN, BLUE, GREY]
 
 
 # ------------------------------------------------------------------------------------------------------------ ODIR-5K
@@ -586,33 +742,99 @@ def test_odir5k_says_what_reads_its_workbook(tmp_path, monkeypatch):
         load("odir5k", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- folder
+def write_bare_workbook(path: Path, dimension: str, *rows: Sequence[object]) -> None:
+    """As other programs write it: cells with their text in them, none where there is nothing, and this dimension."""
+    write_workbook(path, *rows)
+    lines = "".join(
+        f'<row r="{i}">{"".join(_cell(i, j, value) for j, value in enumerate(row) if value not in (None, ""))}</row>'
+        for i, row in enumerate(rows, 1)
+    )
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    sheet = files["xl/worksheets/sheet1.xml"].decode()
+    sheet = re.sub(r"<sheetData.*</sheetData>", lambda _: f"<sheetData>{lines}</sheetData>", sheet, flags=re.DOTALL)
+    files["xl/worksheets/sheet1.xml"] = re.sub(r"<dimension[^>]*/>", dimension, sheet).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
 
 
-def test_a_folder_of_classes(tmp_path):
-    write_image(tmp_path / "tail" / "b.JPG", GREEN)
-    write_image(tmp_path / "tail" / "a.png", RED)
-    write_image(tmp_path / "head" / "c.jpeg", BLUE)
-    (tmp_path / "head" / "notes.txt").write_text("not an image")
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    (tmp_path / "README.md").write_text("not a class")
-    dataset = load("folder", tmp_path)
-    assert dataset.class_names == ("head", "tail") and dataset.labels.tolist() == [0, 1, 1]
-    assert colors(dataset) == [BLUE, RED, GREEN]
-    assert {dataset.read(i).mode for i in range(3)} == {"RGB"}
+def _cell(i: int, j: int, value: object) -> str:
+    column = chr(ord("A") + j)
+    return f'<c r="{column}{i}" t="inlineStr"><is><t>{value}</t></is></c>'
 
 
-def test_a_folder_with_a_class_without_images(tmp_path):
-    write_image(tmp_path / "head" / "a.jpg", RED)
-    (tmp_path / "tail").mkdir()
-    with pytest.raises(MissingData) as error:
-        load("folder", tmp_path)
-    assert_names(error, "folder", tmp_path / "tail", "no image")
+@pytest.mark.parametrize(
+    "dimension", ["", '<dimension ref="A1"/>', '<dimension ref="A1:C2"/>', '<dimension ref="A1:ZZ99"/>']
+)
+def test_odir5k_of_a_workbook_by_another_program(dimension, tmp_path):
+    rows = [("ID", "Left-Fundus", "Right-Fundus", "Left-Diagnostic Keywords", "Right-Diagnostic Keywords", "N", "note")]
+    rows += [(0, "0_left.jpg", "0_right.jpg", "cataract", "normal fundus", 1), ()]
+    rows += [(4, "4_left.jpg", "4_right.jpg", "glaucoma"), (" 5 ", "", "5_right.jpg", "", "drusen ", "", "x")]
+    write_bare_workbook(tmp_path / "data.xlsx", dimension, *rows)
+    for name, color in (("0_left", RED), ("0_right", GREEN), ("4_left", BLUE), ("5_right", GREY)):
+        write_image(tmp_path / "Training Images" / f"{name}.jpg", color)
+    dataset = load("odir5k", tmp_path)
+    assert class_of_each(dataset) == ["C", "N", "G", "O"] and dataset.groups.tolist() == [0, 0, 1, 2]
+    assert colors(dataset) == [RED, GREEN, BLUE, GREY]
 
 
-def test_an_image_of_16_bits_is_refused_rather_than_clipped(tmp_path):
-    (tmp_path / "head").mkdir()
-    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "head" / "a.png")
-    dataset = load("folder", tmp_path)
-    with pytest.raises(MalformedData, match=r"a\.png: more than 8 bits"):
-        dataset.read(0)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "not a whole workbook"),
+        (lambda content: content[:-10], "not a whole workbook"),
+        (lambda content: b"", "not a whole workbook"),
+        (lambda content: b"ID,Left-Fundus\n", "not a whole workbook"),
+        (lambda content: content[:300] + bytes(100) + content[400:], "not a whole workbook"),
+    ],
+)
+def test_odir5k_of_a_damaged_workbook(damage, message, tmp_path):
+    path = tmp_path / "data.xlsx"
+    write_workbook(path, ODIR5K_PATIENT, patient(0, "cataract", "normal fundus", "C"))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(MalformedData) as error:
+        load("odir5k", tmp_path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [((), "no column 'ID'"), ((ODIR5K_PATIENT,), "no lines after the header")]
+)
+def test_odir5k_of_an_empty_workbook(rows, message, tmp_path):
+    write_workbook(tmp_path / "data.xlsx", *rows)
+    with pytest.raises(MalformedData, match=message):
+        load("odir5k", tmp_path)
+
+
+def test_odir5k_with_a_line_twice(tmp_path):
+    for name in ("0_left", "0_right"):
+        write_image(tmp_path / "Training Images" / f"{name}.jpg", RED if name == "0_left" else GREEN)
+    first = patient(0, "cataract", "normal fundus", "C")
+    write_workbook(tmp_path / "data.xlsx", ODIR5K_PATIENT, first, first)
+    dataset = load("odir5k", tmp_path)
+    assert colors(dataset) == [RED, GREEN] and "2 lines left out" in dataset.notices[0]
+    write_workbook(tmp_path / "data.xlsx", ODIR5K_PATIENT, first, patient(0, "glaucoma", "normal fundus", "G"))
+    with pytest.raises(MalformedData, match=r"(?s)more than one class or patient.*0_left\.jpg: 'C' of '0', 'G' of '0'"):
+        load("odir5k", tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_odir5k_of_kaggles_sheet_saved_by_excel(encoding, tmp_path):
+    write_full_df(tmp_path, eye(0, "right", "['N']"), eye(0, "left", "['C']"))
+    sheet = tmp_path / "full_df.csv"
+    sheet.write_bytes(sheet.read_text().replace("cataract", "cataract，drusen").encode(encoding))
+    write_image(tmp_path / "preprocessed_images" / "0_right.jpg", RED)
+    write_image(tmp_path / "preprocessed_images" / "0_left.jpg", GREEN)
+    dataset = load("odir5k", tmp_path)
+    assert (
+        class_of_each(dataset) == ["N", "C"] and colors(dataset) == [RED, GREEN] and dataset.groups.tolist() == [0, 0]
+    )
+
+
+def test_odir5k_without_a_patients_number(tmp_path):
+    rows = [("", *eye(0, "right", "['N']")[1:]), ("", *eye(0, "left", "['C']")[1:])]
+    write_full_df(tmp_path, *rows)
+    write_image(tmp_path / "preprocessed_images" / "0_right.jpg", RED)
+    write_image(tmp_path / "preprocessed_images" / "0_left.jpg", GREEN)
+    assert load("odir5k", tmp_path).groups.tolist() == [0, 1]

@@ -3,14 +3,12 @@
 Nothing is downloaded here: a missing file is an error that says where the data can be had, and under which licence.
 """
 
-import csv
 import gzip
+import os
 import re
 import zlib
 from ast import literal_eval
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,48 +18,11 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-
-class MissingData(FileNotFoundError):
-    """A file or package of a data set is not there; the message names it, the source and the licence."""
-
-
-class MalformedData(ValueError):
-    """A file of a data set is there, but not in its published layout."""
-
-
-class Origin(NamedTuple):
-    """Where a data set can be had, and on which terms."""
-
-    source: str
-    licence: str
-
-    def missing(self, what: object) -> MissingData:
-        """The error for something of this data set that is not there."""
-        return MissingData(f"missing: {what}\nsource: {self.source}\nlicence: {self.licence}")
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Labelled images, read one at a time."""
-
-    name: str
-    class_names: tuple[str, ...]  # in label order
-    labels: np.ndarray  # (N,) int64 in [0, C)
-    read: Callable[[int], Image.Image]  # the i-th image, mode "L" or "RGB"
-    source: str
-    licence: str
-    files: Sequence[Path] | None = None  # of the images, where each has its own
-    groups: np.ndarray | None = None  # (N,) int64: images of one lesion or patient must share a part of the split
-    is_test: np.ndarray | None = None  # (N,) bool: an official test set, kept whole
-    long_tail: tuple[int, ...] | None = None  # training + validation images to draw of each class
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def n_classes(self) -> int:
-        return len(self.class_names)
-
+from benchmarks.accuracy.dataset import Dataset, MalformedData, Origin, UnusedOption, group_numbers, named
+from benchmarks.accuracy.dataset import MissingData as MissingData  # which load raises, too
+from benchmarks.accuracy.folder import load_folder
+from benchmarks.accuracy.images import is_junk, open_image
+from benchmarks.accuracy.tables import each_once, read_rows, read_text
 
 DIGITS = Origin("scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits)", "CC BY 4.0")
 DIGITS_POOL = 100  # images of each class, of 174 to 183, to draw training and validation from; the others are the test
@@ -72,6 +33,7 @@ DIGITS_LONG_TAIL = (100, 70, 49, 34, 24, 17, 12, 8, 6, 4)
 FASHION_MNIST = Origin(
     "https://github.com/zalandoresearch/fashion-mnist, or the Debian package dataset-fashion-mnist", "MIT"
 )
+IDX_BYTES = 8  # in the magic number of an idx file: unsigned bytes
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -148,24 +110,27 @@ ODIR5K_PHOTOGRAPH_KEYWORDS = {  # these describe the photograph, not the eye
     "optic disk photographically invisible",
 }
 
-OPENPYXL = Origin("`pip install openpyxl`", "MIT")
-
-FOLDER = Origin("your own images, one folder a class", "yours")
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+DEPTH = 2  # of folders beside a sheet in which its images are looked for
 
 
-def load(name: str, data: Path | None) -> Dataset:
+def load(name: str, data: Path | None, groups: Path | None = None) -> Dataset:
     """The data set of this name.
 
     Args:
         name: one of ``DATASETS``.
         data: the folder (for DermaMNIST also the file) of the user's download. None: where a package has put the data,
             which digits, Fashion-MNIST and elpv allow.
+        groups: for ``folder`` alone, a table of which image is of which patient.
 
     Raises:
         MissingData: a file, folder or package is not there.
-        MalformedData: a file is not in its published layout.
+        MalformedData: a file is not in its published layout, or is damaged.
+        UnusedOption: groups of another data set, which has its own or none.
     """
+    if name == "folder":
+        return load_folder(data, groups)
+    if groups is not None:
+        raise UnusedOption(f"--groups is for --dataset folder: {name} says by itself what belongs together, or nothing")
     return DATASETS[name](data)
 
 
@@ -196,6 +161,10 @@ def load_fashion_mnist(data: Path | None) -> Dataset:
     train_labels, test_labels = (_read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 1) for part in ("train", "t10k"))
     _check_labels(train_labels, len(train_images), len(FASHION_MNIST_CLASSES), f"{folder}, training set")
     _check_labels(test_labels, len(test_images), len(FASHION_MNIST_CLASSES), f"{folder}, test set")
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise MalformedData(
+            f"{folder}: images of {train_images.shape[1:]} for training, {test_images.shape[1:]} for test"
+        )
     images = np.concatenate([train_images, test_images])
     return Dataset(
         name="fashion-mnist-lt",
@@ -216,14 +185,19 @@ def load_elpv(data: Path | None) -> Dataset:
     sheet = (data or _elpv_folder()) / "labels.csv"
     if not sheet.is_file():
         raise ELPV.missing(sheet)
-    cells = [_elpv_cell(line, sheet) for line in sheet.read_text().splitlines()]
+    cells = [_elpv_cell(line, sheet) for line in read_text(sheet).splitlines()]
+    if not cells:
+        raise MalformedData(f"{sheet}: no lines")
+    first, notices = each_once(sheet, [image for image, _ in cells], [label for _, label in cells], "label")
+    cells = [cells[i] for i in first]
     paths = _image_paths([image for image, _ in cells], sheet, (".",), ELPV)
     return Dataset(
         name="elpv",
         class_names=ELPV_CLASSES,
         labels=np.array([label for _, label in cells], dtype=np.int64),
-        read=lambda i: _open(paths[i], "L"),
+        read=lambda i: open_image(paths[i], "L"),
         files=paths,
+        notices=notices,
         **ELPV._asdict(),
     )
 
@@ -241,8 +215,10 @@ def load_dermamnist(data: Path | None) -> Dataset:
             # A list of views, since the arrays take 1.5 GB at 224x224.
             images = [image for part in MEDMNIST_PARTS for image in arrays[f"{part}_images"]]
             labels = [arrays[f"{part}_labels"].ravel() for part in MEDMNIST_PARTS]  # (n, 1) in the file
-    except (BadZipFile, KeyError, ValueError) as error:
-        raise MalformedData(f"{path}: not MedMNIST's arrays: {error}") from error
+    except (BadZipFile, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error) as error:
+        raise MalformedData(f"{path}: not MedMNIST's arrays, or cut off: {error}") from error
+    if any(image.dtype != np.uint8 or image.ndim not in (2, 3) for image in images):
+        raise MalformedData(f"{path}: not MedMNIST's arrays: images must be uint8, (N, H, W) or (N, H, W, 3)")
     n_test = len(labels[-1])
     labels = np.concatenate(labels)
     _check_labels(labels, len(images), len(DERMAMNIST_CLASSES), str(path))
@@ -257,20 +233,27 @@ def load_dermamnist(data: Path | None) -> Dataset:
 
 
 def load_ham10000(data: Path | None) -> Dataset:
-    """HAM10000: ``HAM10000_metadata.csv`` and the two folders of images; the images of a lesion are a group."""
+    """HAM10000: ``HAM10000_metadata.csv`` and the two folders of images; the images of a lesion are a group.
+
+    An image without a lesion is its own group.
+    """
     sheet = _find_file(data, HAM10000_SHEETS, HAM10000)
-    rows = _read_csv(sheet, ("lesion_id", "image_id", "dx"))
+    rows = read_rows(sheet, ("lesion_id", "image_id", "dx"))
     for row in rows:
         if row["dx"] not in HAM10000_CLASSES:
             raise MalformedData(f"{sheet}: {row['image_id']} has the unknown class {row['dx']!r}")
+    facts = [(row["dx"], row["lesion_id"]) for row in rows]
+    first, notices = each_once(sheet, [row["image_id"] for row in rows], facts, "class or lesion")
+    rows = [rows[i] for i in first]
     paths = _image_paths([f"{row['image_id']}.jpg" for row in rows], sheet, HAM10000_IMAGES, HAM10000)
     return Dataset(
         name="ham10000",
         class_names=HAM10000_CLASSES,
         labels=np.array([HAM10000_CLASSES.index(row["dx"]) for row in rows], dtype=np.int64),
-        read=lambda i: _open(paths[i], "RGB"),
+        read=lambda i: open_image(paths[i], "RGB"),
         files=paths,
-        groups=_group_numbers(row["lesion_id"] for row in rows),
+        groups=group_numbers(row["lesion_id"] for row in rows),
+        notices=notices,
         **HAM10000._asdict(),
     )
 
@@ -282,17 +265,20 @@ def load_isic2019(data: Path | None) -> Dataset:
     is its own. A class without images (``UNK``, which only the challenge's hidden test had) is left out.
     """
     sheet = _find_file(data, (ISIC2019_SHEET,), ISIC2019)
-    rows = _read_csv(sheet, ("image", *ISIC2019_CLASSES))
+    rows = read_rows(sheet, ("image", *ISIC2019_CLASSES))
     classes = [_hot_class(row, sheet) for row in rows]
+    first, notices = each_once(sheet, [row["image"] for row in rows], classes, "class")
+    rows, classes = [rows[i] for i in first], [classes[i] for i in first]
     class_names = tuple(name for name in ISIC2019_CLASSES if name in classes)
     paths = _image_paths([f"{row['image']}.jpg" for row in rows], sheet, ISIC2019_IMAGES, ISIC2019)
     return Dataset(
         name="isic2019",
         class_names=class_names,
         labels=np.array([class_names.index(name) for name in classes], dtype=np.int64),
-        read=lambda i: _open(paths[i], "RGB"),
+        read=lambda i: open_image(paths[i], "RGB"),
         files=paths,
         groups=_isic2019_groups([row["image"] for row in rows], sheet.with_name(ISIC2019_LESIONS)),
+        notices=notices,
         **ISIC2019._asdict(),
     )
 
@@ -305,43 +291,23 @@ def load_odir5k(data: Path | None) -> Dataset:
     """
     if data is not None and (data / ODIR5K_EYES_SHEET).is_file():
         sheet = data / ODIR5K_EYES_SHEET
-        eyes = [_eye_of_row(row, sheet) for row in _read_csv(sheet, ("ID", "filename", "labels"))]
+        eyes = [_eye_of_row(row, sheet) for row in read_rows(sheet, ("ID", "filename", "labels"))]
     else:
         sheet = _find_file(data, (ODIR5K_EYES_SHEET, *ODIR5K_PATIENTS_SHEETS), ODIR5K)
         eyes = _eyes_of_patients(sheet)
+    facts = [(eye.class_name, eye.patient) for eye in eyes]
+    first, notices = each_once(sheet, [eye.image for eye in eyes], facts, "class or patient")
+    eyes = [eyes[i] for i in first]
     paths = _image_paths([eye.image for eye in eyes], sheet, ODIR5K_IMAGES, ODIR5K)
     return Dataset(
         name="odir5k",
         class_names=ODIR5K_CLASSES,
         labels=np.array([ODIR5K_CLASSES.index(eye.class_name) for eye in eyes], dtype=np.int64),
-        read=lambda i: _open(paths[i], "RGB"),
+        read=lambda i: open_image(paths[i], "RGB"),
         files=paths,
-        groups=_group_numbers(eye.patient for eye in eyes),
+        groups=group_numbers(eye.patient for eye in eyes),
+        notices=notices,
         **ODIR5K._asdict(),
-    )
-
-
-def load_folder(data: Path | None) -> Dataset:
-    """Any images as ``class/image.jpg``; classes and images in alphabetical order."""
-    if data is None or not data.is_dir():
-        raise FOLDER.missing(f"{data or '--data'}, a folder with class/image.jpg")
-    folders = sorted(path for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise FOLDER.missing(f"{data / 'class'}, a folder with the images of a class")
-    paths, labels = [], []
-    for label, folder in enumerate(folders):
-        images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
-            raise FOLDER.missing(f"{folder / '*.jpg'}: no image of this class")
-        paths += images
-        labels += [label] * len(images)
-    return Dataset(
-        name="folder",
-        class_names=tuple(folder.name for folder in folders),
-        labels=np.array(labels, dtype=np.int64),
-        read=lambda i: _open(paths[i], "RGB"),
-        files=paths,
-        **FOLDER._asdict(),
     )
 
 
@@ -402,7 +368,7 @@ def _eye_of_row(row: dict[str, str], sheet: Path) -> Eye:
 def _eyes_of_patients(sheet: Path) -> list[Eye]:
     eyes = []
     columns = [f"{side}-{column}" for side in ("Left", "Right") for column in ("Fundus", "Diagnostic Keywords")]
-    for row in _read_xlsx(sheet, ("ID", *columns)):
+    for row in read_rows(sheet, ("ID", *columns)):
         for side in ("Left", "Right"):
             classes = _classes_of_keywords(row[f"{side}-Diagnostic Keywords"])
             if len(classes) == 1:
@@ -432,74 +398,74 @@ def _hot_class(row: dict[str, str], sheet: Path) -> str:
 def _isic2019_groups(images: list[str], sheet: Path) -> np.ndarray | None:
     if not sheet.is_file():
         return None
-    lesions = {row["image"]: row["lesion_id"] for row in _read_csv(sheet, ("image", "lesion_id"))}
-    return _group_numbers(lesions.get(image) or image for image in images)
-
-
-def _group_numbers(keys: Iterable[Hashable]) -> np.ndarray:
-    """Equal numbers for equal keys, ``(N,)`` int64, counted in order of appearance."""
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+    rows = read_rows(sheet, ("image", "lesion_id"))
+    lesions = {row["image"]: row["lesion_id"] for row in rows}
+    each_once(sheet, [row["image"] for row in rows], [row["lesion_id"] for row in rows], "lesion")
+    return group_numbers(lesions.get(image, "") for image in images)
 
 
 def _find_file(data: Path | None, names: Sequence[str], origin: Origin) -> Path:
-    """The first of these files that is in the folder."""
+    """The first of these files that is in the folder; where there is none, of those that differ in case only."""
     if data is None:
         raise origin.missing(f"{names[0]} (give its folder as --data)")
     for name in names:
         if (data / name).is_file():
             return data / name
-    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    raise origin.missing(f"{data / names[0]}{others}")
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The lines of a sheet with these columns, between commas or, as Dataverse's ``.tab``, tabs."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        delimiter = "\t" if "\t" in file.readline() else ","
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter=delimiter)
-        _check_columns(path, reader.fieldnames or (), columns)
-        rows = list(reader)
-    if not rows:
-        raise MalformedData(f"{path}: no lines after the header")
-    return rows
-
-
-def _read_xlsx(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The lines of the first sheet of a workbook, every cell as text."""
-    if find_spec("openpyxl") is None:
-        raise OPENPYXL.missing(f"the package openpyxl, which reads {path}")
-    from openpyxl import load_workbook  # only this one data set needs it
-
-    with closing(load_workbook(path, read_only=True)) as workbook:
-        cells = workbook.worksheets[0].iter_rows(values_only=True)
-        lines = [["" if cell is None else str(cell).strip() for cell in line] for line in cells]
-    header = lines[0] if lines else []
-    _check_columns(path, header, columns)
-    return [dict(zip(header, line, strict=True)) for line in lines[1:] if any(line)]
-
-
-def _check_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
-    if absent := [column for column in columns if column not in header]:
-        raise MalformedData(f"{path}: no column {absent[0]!r} in the header {list(header)}")
+    others = {path.name.casefold(): path for path in sorted(data.iterdir()) if path.is_file()} if data.is_dir() else {}
+    for name in names:
+        if name.casefold() in others:
+            return others[name.casefold()]
+    also = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+    raise origin.missing(f"{data / names[0]}{also}")
 
 
 def _image_paths(names: Sequence[str], sheet: Path, folders: Sequence[str], origin: Origin) -> list[Path]:
-    """Where the images that a sheet lists are: each in the first of these folders beside the sheet that has it."""
+    """Where the images that a sheet lists are: each in the first of these folders beside the sheet that has it.
+
+    What is in none of them may be in another folder, as where someone has merged or renamed them, whatever its case.
+
+    Raises:
+        MissingData: an image is nowhere.
+        MalformedData: an image is in several other folders.
+    """
     root = sheet.parent
     found = [next((path for folder in folders if (path := root / folder / name).is_file()), None) for name in names]
+    if None in found:
+        others = _files_by_name(root)
+        found = [
+            path or _only_one(name, sheet, others.get(Path(name).name.casefold(), []))
+            for name, path in zip(names, found, strict=True)
+        ]
     if absent := [name for name, path in zip(names, found, strict=True) if path is None]:
         places = ", ".join(str(root / folder) for folder in folders)
         raise origin.missing(f"{absent[0]}, one of {len(absent)} images of {sheet} that are not in {places}")
-    return found
+    return [path for path in found if path is not None]
 
 
-def _open(path: Path, mode: str) -> Image.Image:
-    with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise MalformedData(f"{path}: more than 8 bits a channel (mode {image.mode}), which would be clipped")
-        return image.convert(mode)
+def _only_one(name: str, sheet: Path, paths: Sequence[Path]) -> Path | None:
+    if len(paths) > 1:
+        raise MalformedData(f"{sheet}: its image {name} is in several places, so that none is sure: {named(paths)}")
+    return paths[0] if paths else None
+
+
+def _files_by_name(root: Path) -> dict[str, list[Path]]:
+    """The files of a folder, its folders, and theirs, by their names in lower case."""
+    files: dict[str, list[Path]] = {}
+    for path in _walk(root, DEPTH):
+        files.setdefault(path.name.casefold(), []).append(path)
+    return files
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        paths = sorted(Path(entry.path) for entry in entries)
+    for path in paths:
+        if is_junk(path):
+            continue
+        if path.is_file():
+            yield path
+        elif depth and path.is_dir():
+            yield from _walk(path, depth - 1)
 
 
 def _read_idx(path: Path, n_dims: int) -> np.ndarray:
@@ -508,6 +474,8 @@ def _read_idx(path: Path, n_dims: int) -> np.ndarray:
         raise FASHION_MNIST.missing(path)
     try:
         content = gzip.decompress(path.read_bytes())
+        if content[:4] != bytes((0, 0, IDX_BYTES, n_dims)):
+            raise ValueError(f"it begins with {content[:4]!r}")
         shape = np.frombuffer(content, ">i4", count=n_dims, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
     except (EOFError, OSError, ValueError, zlib.error) as error:
