@@ -12,9 +12,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from benchmarks.accuracy.data import Dataset
+from benchmarks.accuracy import images
+from benchmarks.accuracy.dataset import Dataset, MalformedData
 
 LENGTH = 16  # hexadecimal digits
 
@@ -42,8 +42,16 @@ def of_data(dataset: Dataset) -> dict[str, str | None]:
 
 @lru_cache(maxsize=1)  # both the settings and the cache of features ask for it
 def of_images(dataset: Dataset) -> str:
-    """Of the contents of all images, in their order, whatever their names."""
-    return digest(_content(dataset, i) for i in tqdm(range(len(dataset)), "hashes of images", leave=False))
+    """Of the contents of all images, in their order, whatever their names.
+
+    Raises:
+        MalformedData: some files cannot be read. The message lists them, and those that are damaged otherwise.
+    """
+    try:
+        return digest(_content(dataset, i) for i in images.progress(range(len(dataset)), "hashes of images"))
+    except OSError as error:
+        images.check(dataset.files or ())
+        raise MalformedData(f"{error.filename}: {error.strerror}") from error
 
 
 def _content(dataset: Dataset, index: int) -> bytes:

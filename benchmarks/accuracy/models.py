@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from tqdm import tqdm
 
-from benchmarks.accuracy import fingerprint
-from benchmarks.accuracy.data import Dataset
+from benchmarks.accuracy import fingerprint, images
+from benchmarks.accuracy.dataset import Dataset, MalformedData
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -301,7 +300,8 @@ def load_inputs(model: Model, dataset: Dataset, cache: Path, weights: Path | Non
 
 def _features_fingerprint(model: Model, dataset: Dataset, encoder: Encoder) -> str:
     """Of what features depend on, besides the code, the versions of packages and the device: those are trusted."""
-    pieces = (fingerprint.of_images(dataset), fingerprint.of_weights(encoder), model.image_mode, str(model.image_size))
+    files, reading = fingerprint.of_images(dataset), f"reading {images.READING}"
+    pieces = (files, reading, fingerprint.of_weights(encoder), model.image_mode, str(model.image_size))
     return fingerprint.digest(piece.encode() for piece in pieces)
 
 
@@ -326,13 +326,34 @@ def _write_features(path: Path, features: np.ndarray) -> None:
 
 
 def read_images(model: Model, dataset: Dataset) -> Tensor:
-    """All images, uint8, ``(N, 1 or 3, H, W)``; one channel where the model reads grey, or all images are grey."""
-    images = [read_image(model, dataset, i) for i in tqdm(range(len(dataset)), "images", leave=False)]
-    n_channels = max(len(image) for image in images)
-    stack = np.empty((len(images), n_channels, model.image_size, model.image_size), np.uint8)
-    for row, image in zip(stack, images, strict=True):
-        row[:] = image  # a grey image among coloured ones is repeated
+    """All images, uint8, ``(N, 1 or 3, H, W)``; one channel where the model reads grey, or all images are grey.
+
+    They are written into one array as they come: a list of them beside it would take the same memory again.
+
+    Raises:
+        MalformedData: some cannot be read. The message lists all of them.
+    """
+    stack, reasons = np.empty((len(dataset), 0, model.image_size, model.image_size), np.uint8), []
+    for i in images.progress(range(len(dataset)), "images"):
+        try:
+            image = read_image(model, dataset, i)
+        except MalformedData as error:
+            reasons.append(str(error))
+            continue
+        if len(image) > stack.shape[1]:
+            stack = _with_channels(stack, len(image))
+        stack[i] = image  # a grey image among coloured ones is repeated
+    if reasons:
+        raise images.damage(reasons, len(dataset))
     return torch.from_numpy(stack)
+
+
+def _with_channels(stack: np.ndarray, n_channels: int) -> np.ndarray:
+    """An array for images of so many channels, with what it has of grey ones repeated."""
+    wider = np.empty((len(stack), n_channels, *stack.shape[2:]), np.uint8)
+    if stack.shape[1]:
+        wider[:] = stack
+    return wider
 
 
 def read_image(model: Model, dataset: Dataset, index: int) -> np.ndarray:
@@ -345,9 +366,13 @@ def read_image(model: Model, dataset: Dataset, index: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode(model: Model, encoder: Encoder, images: Tensor) -> Tensor:
-    """What the trained part reads of all images, on the CPU."""
+def encode(model: Model, encoder: Encoder, inputs: Tensor) -> Tensor:
+    """What the trained part reads of all images, on the CPU, written into one tensor as it comes."""
     encoder.eval().to(memory_format=torch.channels_last)
-    device = encoder.mean.device
-    batches = tqdm(images.split(ENCODING_BATCH), "features", leave=False)
-    return torch.cat([model.compute_inputs(encoder, batch.to(device)).cpu().contiguous() for batch in batches])
+    device, encoded = encoder.mean.device, torch.empty(0)
+    for start in images.progress(range(0, len(inputs), ENCODING_BATCH), "features"):
+        of_batch = model.compute_inputs(encoder, inputs[start : start + ENCODING_BATCH].to(device)).cpu()
+        if start == 0:
+            encoded = torch.empty((len(inputs), *of_batch.shape[1:]), dtype=of_batch.dtype)
+        encoded[start : start + ENCODING_BATCH] = of_batch
+    return encoded
