@@ -63,7 +63,7 @@ def run(data: Path, output: Path, *options: str, change: Callable[[Dataset], Dat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["accuracy", *line])
         if change is not None:
-            patch.setattr(command.data, "load", lambda name, data: change(load(name, data)))
+            patch.setattr(command.data, "load", lambda *args: change(load(*args)))
         trained = record(patch, experiment, "train_one", lambda args, runs: runs[0].key)
         command.run(experiment.main)
     return trained

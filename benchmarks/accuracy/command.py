@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.accuracy import data, fingerprint, methods, models, protocol, results
+from benchmarks.accuracy import data, fingerprint, images, layout, methods, models, protocol, results
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = measure.ROOT / "benchmarks" / "cache"  # of features; Git ignores it
@@ -24,6 +24,7 @@ PACKAGES = ("captum", "efficientnet-lite-pytorch", "matplotlib", "numpy", "pillo
 USER_ERRORS = (
     data.MissingData,
     data.MalformedData,
+    data.UnusedOption,
     models.MissingModel,
     protocol.SplitError,
     results.DifferentSettings,
@@ -59,7 +60,20 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--label-smoothing", type=_share, default=0.0, metavar="EPS", help="of every loss, 0 to 1 (default: 0)"
     )
-    parser.add_argument("--data", type=Path, help="folder or file of the download")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=f"folder or file of the download; of --dataset folder, your own images. {layout.LAYOUTS}",
+    )
+    parser.add_argument(
+        "--groups",
+        type=_file,
+        metavar="TABLE",
+        help="of --dataset folder: a table (.csv or .xlsx) of two columns, the file name of an image (or its path in "
+        "the folder) and its patient. All images of a patient (or of a lesion, or of what was photographed twice) are "
+        "then in one part of each split: a network that was trained on some knows the others, and would seem better "
+        "than it is. An image without a patient is alone (default: groups.csv in the folder, if there is one)",
+    )
     parser.add_argument("--weights", type=_file, help="file of pretrained weights (default: those of the package)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.relative_to(measure.ROOT)}/DATASET-MODEL")
@@ -120,7 +134,11 @@ def run(main: Callable[[], None]) -> None:
 
 def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
     """Data and model as the command line wants them."""
-    dataset, model = data.load(args.dataset, args.data), models.MODELS[args.model]
+    if args.groups and args.split == "random":
+        raise data.UnusedOption("--groups has no effect with --split random, which deals each image by itself")
+    dataset, model = data.load(args.dataset, args.data, args.groups), models.MODELS[args.model]
+    for notice in dataset.notices:
+        print(notice, file=sys.stderr)
     if args.split == "random":
         dataset = protocol.by_image(dataset)
     if args.quick:
@@ -165,7 +183,8 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         "dataset": args.dataset,
         "images": len(dataset),
         "model": args.model,
-        "split": SPLITS[dataset.groups is None],
+        "split": SPLITS[dataset.groups is None or dataset.groups_given is False],
+        **_own_images(dataset),
         "trained": model.trained,
         "image_size": model.image_size,
         "image_mode": model.image_mode,
@@ -189,6 +208,14 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         results.CLASS_NAMES: list(dataset.class_names),
         results.CLASS_COUNTS: {str(seed): _part_counts(dataset, seed) for seed in seeds(args)},
     }
+
+
+def _own_images(dataset: data.Dataset) -> dict[str, object]:
+    """Settings of a user's own images alone, which nobody else has: whether they are grouped, and how they are read."""
+    if dataset.groups_given is None:
+        return {}
+    is_grouped = dataset.groups_given and dataset.groups is not None
+    return {results.GROUPS: results.GROUPS_GIVEN[is_grouped], "reading": images.READING}
 
 
 def _descriptions(n_classes: int) -> dict[str, str]:

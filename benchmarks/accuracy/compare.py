@@ -142,6 +142,8 @@ def _title(settings: dict) -> str:
     names = ("logit_adjustment", "label_smoothing")
     changed = [f"{name.replace('_', ' ')} {settings[name]:g}" for name in names if name in settings]
     split = "official test part" if settings[results.DATA]["test set"] else f"{settings['split']} split"
+    if results.GROUPS in settings:
+        split += f" (groups of images: {settings[results.GROUPS]})"
     return ", ".join([settings["dataset"], settings["model"], split, *changed])
 
 

@@ -30,6 +30,7 @@ DESCRIPTIONS = "descriptions"  # the setting that says of each loss by its name 
 DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
 WEIGHTS = "weights"  # one of the digests of DATA
 CLASS_NAMES, CLASS_COUNTS = "class names", "class counts"  # for whoever reads results without the data; DATA tells more
+GROUPS, GROUPS_GIVEN = "groups", ("none given", "given")  # of a user's own images; nobody else knows their patients
 GROWING = (DESCRIPTIONS, SPLITS, CLASS_COUNTS)  # an entry for each loss or seed, and more of them later
 APART = (*EXTENT, *GROWING, CLASS_NAMES)  # settings that are not compared as a whole
 CONFIDENCE_DECIMALS = 3

@@ -21,6 +21,9 @@ FIRST_TESTS = ("tests/test_gpu.py",)  # so that they are not the ones left out w
 OTHER_TESTS = (
     "tests/test_accuracy_data.py",
     "tests/test_accuracy_fingerprint.py",
+    "tests/test_accuracy_folder.py",
+    "tests/test_accuracy_groups.py",
+    "tests/test_accuracy_images.py",
     "tests/test_accuracy_protocol.py",
     "tests/test_benchmarks.py",
     "tests/test_compile_targets.py",
