@@ -69,7 +69,7 @@ def test_images_in_folders_within_a_class_are_of_the_class_and_so_are_those_besi
         "nv": ["nv/2019/a.png", "nv/2019/deep/er/b.png", "nv/c.png"],
     }
     (notice,) = dataset.notices
-    assert "2 images in folders within those of the classes (nv/2019)" in notice and "groups" in notice
+    assert "2 images in folders within those of the classes, taken into these: nv/2019" in notice and "groups" in notice
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,9 @@ def test_no_patient_is_in_two_parts_and_the_settings_say_that_groups_were_given(
         if options == ("--groups", str(table)):
             parts = protocol.split(dataset, 0)
             assert sum(len(set(dataset.groups[part])) for part in parts) == 30
+    shutil.copy(table, tmp_path / "data" / "groups.csv")
+    args = parse(monkeypatch, tmp_path / "data", "--split", "random")
+    assert command.settings(args, *command.load(args))["groups"] == "given, not used"
     words = [(settings["split"], settings["groups"]) for settings in said.values()]
     assert words == [("random", "none given"), ("grouped", "given"), ("random", "none given")]
     titles = [compare._title(settings | {"quick": False}) for settings in said.values()]
@@ -306,12 +309,14 @@ def test_no_patient_is_in_two_parts_and_the_settings_say_that_groups_were_given(
     assert "grouped split (groups of images: given)" in titles[1]
 
 
+@pytest.mark.filterwarnings("ignore:The least populated class")
 def test_copies_alone_are_no_groups_that_were_given(tmp_path, monkeypatch):
     data = write_images(tmp_path / "data")
     shutil.copy(data / "dark" / "01.png", data / "dark" / "copy.png")
     args = parse(monkeypatch, data)
-    dataset, _ = command.load(args)
-    assert dataset.groups is not None and command._own_images(dataset)["groups"] == "none given"
+    dataset, model = command.load(args)
+    settings = command.settings(args, dataset, model)
+    assert dataset.groups is not None and (settings["split"], settings["groups"]) == ("random", "none given")
 
 
 @pytest.mark.parametrize("options", [("--dataset", "digits"), ("--split", "random")])

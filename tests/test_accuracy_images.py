@@ -256,6 +256,7 @@ def test_an_image_that_may_not_be_read_is_listed(fault, tmp_path, monkeypatch):
             models.read_images(models.MODELS["cnn"], dataset)
     else:
         monkeypatch.setattr(Path, "read_bytes", lambda path: denied(path) if path.name == "3.png" else read_bytes(path))
+        dataset = load("folder", tmp_path)
         with pytest.raises(MalformedData) as error:
             fingerprint.of_images(dataset)
     assert_lists(str(error.value), tmp_path / "b", {"3.png": "Permission denied"}, 12)

@@ -511,7 +511,7 @@ def run_experiment(folder: Path, *arguments: str) -> list[tuple[str, int]]:
     """The command in this process, with a small data set; returns the losses and seeds that it trained."""
     command_line = ["accuracy", "--dataset", "digits", "--model", "cnn", "--epochs", "2", "--output", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command.data, "load", lambda name, data: make_dataset((60, 40, 20)))
+        patch.setattr(command.data, "load", lambda name, data, groups: make_dataset((60, 40, 20)))
         patch.setattr(sys, "argv", [*command_line, "--losses", "focal", "lmf", "--seeds", "2", *arguments])
         trained = record(patch, experiment, "train_one", lambda args, runs: [run.key for run in runs])
         command.run(experiment.main)
@@ -593,7 +593,7 @@ def test_more_seeds_and_losses_go_on_in_the_same_folder(finished):
 def run_sweep(folder: Path, *arguments: str) -> None:
     command_line = ["sweep", "--dataset", "digits", "--model", "cnn", "--epochs", "2", "--output", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command.data, "load", lambda name, data: make_dataset((60, 40, 20)))
+        patch.setattr(command.data, "load", lambda name, data, groups: make_dataset((60, 40, 20)))
         patch.setattr(sys, "argv", [*command_line, "--seeds", "2", *arguments])
         command.run(sweep.main)
 

@@ -214,8 +214,8 @@ def _own_images(dataset: data.Dataset) -> dict[str, object]:
     """Settings of a user's own images alone, which nobody else has: whether they are grouped, and how they are read."""
     if dataset.groups_given is None:
         return {}
-    is_grouped = dataset.groups_given and dataset.groups is not None
-    return {results.GROUPS: results.GROUPS_GIVEN[is_grouped], "reading": images.READING}
+    used = "given" if dataset.groups is not None else "given, not used"
+    return {results.GROUPS: used if dataset.groups_given else "none given", "reading": images.READING}
 
 
 def _descriptions(n_classes: int) -> dict[str, str]:

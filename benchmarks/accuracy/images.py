@@ -4,6 +4,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -179,6 +180,7 @@ def identical(paths: Sequence[Path]) -> list[list[int]]:
         by_size.setdefault(path.stat().st_size, []).append(i)
     candidates = [i for same in by_size.values() if len(same) > 1 for i in same]
     by_content: dict[bytes, list[int]] = {}
-    for i in progress(sorted(candidates), "the same image twice"):
-        by_content.setdefault(hashlib.sha256(paths[i].read_bytes()).digest(), []).append(i)
+    for i in progress(sorted(candidates), "copies of images"):
+        with suppress(OSError):  # which is said of it, and of all others, when all are read
+            by_content.setdefault(hashlib.sha256(paths[i].read_bytes()).digest(), []).append(i)
     return [same for same in by_content.values() if len(same) > 1]

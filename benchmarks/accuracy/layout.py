@@ -215,7 +215,7 @@ def _on_nested(folders: Sequence[Place]) -> list[str]:
     n_images = sum(len(inner.all_images()) for _, inner in nested)
     where = named(f"{name}/{inner.name}" for name, inner in nested)
     return [
-        f"Note: {counted(n_images, 'image')} in folders within those of the classes ({where}) are of these classes. "
+        f"Note: {counted(n_images, 'image')} in folders within those of the classes, taken into these: {where}. "
         "Which are of one patient, a table of groups must say."
     ]
 
