@@ -216,7 +216,7 @@ def load_elpv(data: Path | None) -> Dataset:
     sheet = (data or _elpv_folder()) / "labels.csv"
     if not sheet.is_file():
         raise ELPV.missing(sheet)
-    cells = [_elpv_cell(line, sheet) for line in sheet.read_text().splitlines()]
+    cells = [_elpv_cell(line, sheet) for line in sheet.read_text(encoding="utf-8").splitlines()]
     paths = _image_paths([image for image, _ in cells], sheet, (".",), ELPV)
     return Dataset(
         name="elpv",

