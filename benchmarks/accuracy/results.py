@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from benchmarks.accuracy import fingerprint, progress
 
 PREDICTIONS, METRICS, SETTINGS = "predictions.csv.gz", "metrics.csv", "settings.json"
+PREDICTION_COLUMNS = ("loss", "seed", "index", "label", "predicted", "confidence")
 GRAD_CAM = "gradcam.json"
 SWEEP = "sweep.csv"
 LOCK = ".lock"
@@ -283,14 +284,7 @@ def write_runs(folder: Path, runs: Sequence[Run], class_names: Sequence[str]) ->
         )
     ]
     predictions = [
-        {
-            "loss": loss,
-            "seed": seed,
-            "index": index,
-            "label": label,
-            "predicted": predicted,
-            "confidence": confidence,
-        }
+        dict(zip(PREDICTION_COLUMNS, (loss, seed, index, label, predicted, confidence), strict=True))
         for seed, index, _, loss, label, predicted, confidence in sorted(lines)
     ]
     # Without the time, so that the same predictions are the same bytes.
@@ -327,11 +321,11 @@ def read_runs(folder: Path, class_names: Sequence[str]) -> list[Run]:
     if not (folder / METRICS).exists() or not (folder / PREDICTIONS).exists():
         return []
     predictions: dict[tuple[str, str], list[tuple[str, ...]]] = {}
-    for line in csv.DictReader(read_lines(folder / PREDICTIONS)):
-        values = tuple(line.get(name) or "" for name in ("loss", "seed", "index", "label", "predicted", "confidence"))
+    for line in csv.DictReader(read_lines(folder / PREDICTIONS, PREDICTION_COLUMNS)):
+        values = tuple(line[name] or "" for name in PREDICTION_COLUMNS)
         predictions.setdefault(values[:2], []).append(values[2:])
     runs, damaged = [], []
-    for row in csv.DictReader(read_lines(folder / METRICS)):
+    for row in csv.DictReader(read_lines(folder / METRICS, ("loss", "seed"))):
         key = row.get("loss") or "", row.get("seed") or ""
         try:
             runs.append(_run_of(row, predictions.get(key, []), class_names))
@@ -372,8 +366,8 @@ def _run_of(row: dict[str, str], predictions: Sequence[tuple[str, ...]], class_n
     return run
 
 
-def read_lines(path: Path) -> list[str]:
-    """The whole lines of a text file, gzipped or not, with their ends; of a damaged one those before the damage."""
+def read_lines(path: Path, columns: Iterable[str]) -> list[str]:
+    """The whole lines of a CSV file with these columns, gzipped or not; of a damaged one those before the damage."""
     lines, fault = [], ""
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
@@ -385,9 +379,12 @@ def read_lines(path: Path) -> list[str]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
         fault = fault or "its last line is cut off"
+    absent = set(columns).difference(*csv.reader(lines[:1]))
+    if lines and absent:
+        lines, fault = [], fault or f"it has no column {min(absent)!r}"
     if fault or not lines:
         progress.say(f"{path} is damaged ({fault or 'it is empty'}): what it lacks is trained again.")
-    return [line for line in lines if "\0" not in line]  # which csv would not read
+    return lines
 
 
 def csv_text(rows: Sequence[dict[str, object]]) -> str:

@@ -55,7 +55,9 @@ def _read(folder: Path) -> dict[tuple[str, str, int], dict[str, str]]:
     if not path.exists():
         return {}
     rows, n_damaged = {}, 0
-    for row in csv.DictReader(results.read_lines(path)):
+    for row in csv.DictReader(
+        results.read_lines(path, ("loss", "setting", "seed", "validation_macro_f1", "best_epoch"))
+    ):
         try:
             float(row["validation_macro_f1"]), int(row["best_epoch"])
             rows[row["loss"], row["setting"], int(row["seed"])] = row
