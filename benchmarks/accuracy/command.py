@@ -75,7 +75,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=_path, help="folder or file of the download")
     parser.add_argument("--weights", type=_file, help="file of pretrained weights (default: those of the package)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--output", type=_path, help=f"default: {RESULTS.relative_to(measure.ROOT)}/DATASET-MODEL")
+    parser.add_argument(
+        "--output",
+        type=_path,
+        help="folder of tables, pictures, predictions and settings, which name no image; gradcam.png shows one, and "
+        f"Git is told to ignore it (default: {RESULTS.relative_to(measure.ROOT)}/DATASET-MODEL)",
+    )
     parser.add_argument("--quick", action="store_true", help="a trial: few images and epochs, in a temporary folder")
     return parser
 
