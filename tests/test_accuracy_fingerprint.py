@@ -26,7 +26,7 @@ from test_accuracy_protocol import (
 )
 
 from benchmarks.accuracy import __main__ as experiment
-from benchmarks.accuracy import command, compare, fingerprint, methods, models, protocol, report, sweep
+from benchmarks.accuracy import command, compare, fingerprint, methods, models, protocol, report, splits, sweep
 from benchmarks.accuracy.data import Dataset, load
 from lmf_triton import class_balanced_weights
 
@@ -214,12 +214,12 @@ def test_the_same_data_elsewhere_are_the_same(finished, tmp_path):
 @pytest.mark.parametrize("has_test", [False, True])
 def test_another_split_of_the_same_images_is_refused(finished_once, tmp_path, monkeypatch, refused, has_test):
     """With an official test set, only training and validation part change, which no prediction shows."""
-    data, output, split = finished_once / "data", tmp_path / "output", protocol.train_test_split
+    data, output, split = finished_once / "data", tmp_path / "output", splits.train_test_split
     is_test = np.arange(60) % 4 == 0 if has_test else None
     change = {"change": lambda dataset: replace(dataset, is_test=is_test)}
     run(data, output, **change)
     monkeypatch.setattr(
-        protocol, "train_test_split", lambda *args, random_state, **options: split(*args, random_state=7, **options)
+        splits, "train_test_split", lambda *args, random_state, **options: split(*args, random_state=7, **options)
     )
     assert "seed 0 splits the same images in another way" in refused(run, data, output, "--seeds", "2", **change)
 
@@ -228,9 +228,9 @@ def test_another_split_of_a_seed_that_is_not_asked_for_is_refused_too(finished, 
     """A loss that is added is trained with all seeds of the folder, not only with those of the command."""
     data, output = finished
     assert run(data, output, "--seeds", "2") == [("lmf", 1)]
-    split = protocol.train_test_split
+    split = splits.train_test_split
     monkeypatch.setattr(
-        protocol,
+        splits,
         "train_test_split",
         lambda *args, random_state, **options: split(*args, random_state=7 * random_state, **options),
     )
@@ -241,7 +241,7 @@ def test_another_split_of_a_seed_that_is_not_asked_for_is_refused_too(finished, 
 @pytest.mark.parametrize(
     ("module", "name", "value", "message"),
     [
-        (protocol, "SHARES", (60, 20, 20), r"shares \[70, 15, 15\] there, \[60, 20, 20\] now"),
+        (splits, "SHARES", (60, 20, 20), r"shares \[70, 15, 15\] there, \[60, 20, 20\] now"),
         (models, "STEP_FACTOR", 0.5, "step_factor 0.1 there, 0.5 now"),
         (
             methods,

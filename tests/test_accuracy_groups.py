@@ -13,8 +13,8 @@ from test_accuracy_data import write_image, write_sheet
 from test_accuracy_fingerprint import write_images
 
 from benchmarks.accuracy import __main__ as experiment
-from benchmarks.accuracy import command, compare, fingerprint, protocol
-from benchmarks.accuracy.data import Dataset, MalformedData, UnusedOption, load
+from benchmarks.accuracy import command, compare, fingerprint, splits
+from benchmarks.accuracy.data import Dataset, MalformedData, load
 
 IMAGES = ("mel/1.png", "mel/2.png", "mel/x.JPG", "nv/3.png", "nv/4.png", "nv/sub/5.png")
 PATIENTS = ("p1", "p2", "", "p1", "", "p2")
@@ -277,7 +277,7 @@ def test_many_warnings_are_cut(tmp_path):
 def parse(monkeypatch, data: Path, *options: str):
     line = ["accuracy", "--dataset", "folder", "--model", "cnn", "--data", str(data), "--seeds", "1", "--epochs", "1"]
     monkeypatch.setattr(sys, "argv", [*line, *options])
-    return experiment.parse_arguments()
+    return command.make_parser(None).parse_args()
 
 
 def write_paired(folder: Path) -> Path:
@@ -297,7 +297,7 @@ def test_no_patient_is_in_two_parts_and_the_settings_say_that_groups_were_given(
         dataset, model = command.load(args)
         said[options] = command.settings(args, dataset, model)
         if options == ("--groups", str(table)):
-            parts = protocol.split(dataset, 0)
+            parts = splits.split(dataset, 0)
             assert sum(len(set(dataset.groups[part])) for part in parts) == 30
     shutil.copy(table, tmp_path / "data" / "groups.csv")
     args = parse(monkeypatch, tmp_path / "data", "--split", "random")
@@ -322,7 +322,8 @@ def test_copies_alone_are_no_groups_that_were_given(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [("--dataset", "digits"), ("--split", "random")])
 def test_groups_that_would_have_no_effect_are_refused(options, tmp_path, monkeypatch, capsys):
     table = write_paired(tmp_path)
-    parse(monkeypatch, tmp_path / "data", "--groups", str(table), "--output", str(tmp_path / "output"), *options)
+    line = ["--dataset", "folder", "--data", str(tmp_path / "data"), "--groups", str(table), *options]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *line, "--output", str(tmp_path / "output")])
     with pytest.raises(SystemExit, match="2"):
         command.run(experiment.main)
     captured = capsys.readouterr()
@@ -333,11 +334,6 @@ def test_a_table_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(monkeypatch, tmp_path, "--groups", str(tmp_path / "none.csv"))
     assert "no such file" in capsys.readouterr().err
-
-
-def test_groups_of_another_data_set_are_refused_by_load(tmp_path):
-    with pytest.raises(UnusedOption, match="ham10000"):
-        load("ham10000", tmp_path, tmp_path / "groups.csv")
 
 
 def test_the_digest_of_the_data_tells_groups_from_none(tmp_path):

@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks import measure
 from benchmarks.accuracy import __main__ as experiment
-from benchmarks.accuracy import command, compare, models, protocol, report, results, sweep
+from benchmarks.accuracy import command, compare, models, protocol, report, results, splits, sweep
 from benchmarks.accuracy.data import Dataset
 from benchmarks.accuracy.methods import CANDIDATES, METHODS, TAUS, Setting
 from lmf_triton import class_balanced_weights, devices, plain
@@ -65,7 +65,7 @@ def make_task(epochs: int = 3, **model_options) -> protocol.Task:
 
 
 def train(task: protocol.Task, loss: str, seed: int = 0) -> protocol.Trained:
-    return protocol.train(task, protocol.split(task.dataset, seed), seed, METHODS[loss].settings[0], "")
+    return protocol.train(task, splits.split(task.dataset, seed), seed, METHODS[loss].settings[0], "")
 
 
 def make_criterion(loss: str, counts) -> nn.Module:
@@ -97,7 +97,7 @@ def states_equal(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_split_keeps_the_share_of_every_class(seed):
     dataset = make_dataset((151, 400, 19, 10))
-    parts = protocol.split(dataset, seed)
+    parts = splits.split(dataset, seed)
     assert sorted(np.concatenate(parts)) == list(range(len(dataset)))  # disjoint, and all there
     for part, share in zip(parts, (0.70, 0.15, 0.15), strict=True):
         expected = share * np.bincount(dataset.labels)
@@ -106,22 +106,22 @@ def test_split_keeps_the_share_of_every_class(seed):
 
 def test_split_follows_the_seed():
     dataset, again = make_dataset((50, 30)), make_dataset((50, 30))
-    assert all(map(np.array_equal, protocol.split(dataset, 3), protocol.split(again, 3)))
-    assert not np.array_equal(protocol.split(dataset, 3).train, protocol.split(dataset, 4).train)
+    assert all(map(np.array_equal, splits.split(dataset, 3), splits.split(again, 3)))
+    assert not np.array_equal(splits.split(dataset, 3).train, splits.split(dataset, 4).train)
 
 
 def test_official_test_set_stays_whole_and_the_long_tail_is_drawn_from_the_others():
     counts, tail = (90, 90, 90), (60, 24, 10)
     is_test = np.arange(sum(counts)) % 5 == 0
     dataset = make_dataset(counts, is_test=is_test, long_tail=tail)
-    first, second = protocol.split(dataset, 0), protocol.split(dataset, 1)
+    first, second = splits.split(dataset, 0), splits.split(dataset, 1)
     for parts in (first, second):
         assert np.array_equal(parts.test, np.flatnonzero(is_test))
         drawn = np.concatenate([parts.train, parts.validation])
         assert not is_test[drawn].any()
-        assert protocol.class_counts(dataset, drawn) == list(tail)
+        assert splits.class_counts(dataset, drawn) == list(tail)
         expected = np.array(tail) * 70 / 85
-        assert np.all(np.abs(np.array(protocol.class_counts(dataset, parts.train)) - expected) <= 1)
+        assert np.all(np.abs(np.array(splits.class_counts(dataset, parts.train)) - expected) <= 1)
     assert set(first.train) | set(first.validation) != set(second.train) | set(second.validation)
 
 
@@ -132,7 +132,7 @@ def test_groups_are_never_split(has_test):
     groups = np.sort(generator.integers(0, 250, n))  # about 2.4 images each
     is_test = groups % 6 == 0 if has_test else None
     dataset = make_dataset((400, 150, 50), groups=groups, is_test=is_test)
-    parts = protocol.split(dataset, 0)
+    parts = splits.split(dataset, 0)
     assert sorted(np.concatenate(parts)) == list(range(n))
     in_parts = [set(groups[part]) for part in parts]
     assert sum(map(len, in_parts)) == len(set.union(*in_parts))
@@ -142,17 +142,17 @@ def test_groups_are_never_split(has_test):
         assert len(parts.test) / n == pytest.approx(0.15, abs=0.03)
 
 
-@pytest.mark.parametrize("counts", [(100, 1), (100, 3)])
+@pytest.mark.parametrize("counts", [(100, 1), (100, 2)])
 def test_a_class_too_rare_to_split_is_an_error_that_says_so(counts):
-    with pytest.raises(protocol.SplitError, match=r"class"):
+    with pytest.raises(splits.SplitError, match=r"class"):
         for seed in range(10):
-            protocol.split(make_dataset(counts), seed)
+            splits.split(make_dataset(counts), seed)
 
 
 def test_counts_and_margins_follow_the_labels():
     dataset = make_dataset((20, 200, 60))  # the rarest is not the last
-    train_part = protocol.split(dataset, 0).train
-    counts = protocol.class_counts(dataset, train_part)
+    train_part = splits.split(dataset, 0).train
+    counts = splits.class_counts(dataset, train_part)
     assert counts == [np.sum(dataset.labels[train_part] == label) for label in range(3)] == [14, 140, 42]
     margins = make_criterion("lmf", counts).margins
     torch.testing.assert_close(margins, torch.tensor([0.5 * (14 / n) ** 0.25 for n in counts]))
@@ -216,8 +216,8 @@ def test_every_loss_adjusts_its_logits_by_the_training_counts_and_smooths_its_la
     trained = record(monkeypatch, protocol, "_train_epoch", lambda args, result: args[3])
     settings = [setting for method in METHODS.values() for setting in method.settings]
     for setting in settings:
-        protocol.train(task, protocol.split(task.dataset, 1), 1, setting, "")
-    counts = torch.tensor(protocol.class_counts(task.dataset, protocol.split(task.dataset, 1).train))
+        protocol.train(task, splits.split(task.dataset, 1), 1, setting, "")
+    counts = torch.tensor(splits.class_counts(task.dataset, splits.split(task.dataset, 1).train))
     log_prior = (counts / counts.sum()).log()
     for setting, criterion in zip(settings, trained, strict=True):  # those of its own stay
         torch.testing.assert_close(criterion.logit_adjustment, (setting.tau or 2) * log_prior)
@@ -231,7 +231,7 @@ def test_without_them_no_loss_has_an_adjustment_or_smoothing():
 def test_predictions_are_those_of_the_logits_without_their_adjustment(tmp_path):
     task, setting = make_task(epochs=2), METHODS["cross-entropy-adjusted"].settings[0]
     (run,) = experiment.train_one(task, setting, ["cross-entropy-adjusted"], 1, tmp_path)
-    trained = protocol.train(task, protocol.split(task.dataset, 1), 1, setting, "")
+    trained = protocol.train(task, splits.split(task.dataset, 1), 1, setting, "")
     with torch.inference_mode():
         logits = trained.network.eval()(task.inputs[torch.from_numpy(run.indices)])
     assert np.array_equal(run.predicted, logits.argmax(1))
@@ -244,7 +244,7 @@ def test_after_the_fact_the_prior_is_taken_off_the_logits_of_the_same_network(mo
     read = record(monkeypatch, protocol, "predict_logits", lambda args, logits: args[2])
     trained = record(monkeypatch, protocol, "train", lambda args, trained: trained)
     plain_run, fixed, tuned = experiment.train_one(task, Setting(), losses, 1, tmp_path)
-    split = protocol.split(task.dataset, 1)
+    split = splits.split(task.dataset, 1)
     assert len(trained) == 1
     assert sum(np.array_equal(indices, split.test) for indices in read) == 1
     log_prior = torch.tensor(np.log(np.bincount(task.dataset.labels[split.train]) / len(split.train)))
@@ -282,7 +282,7 @@ def test_all_losses_of_a_seed_start_alike_and_see_the_same_batches(monkeypatch):
     assert all(map(torch.equal, flipped[:n], flipped[n : 2 * n]))
     epochs = [torch.cat(epoch) for epoch in batches[:2]]
     assert not torch.equal(*epochs)
-    assert torch.equal(epochs[0].sort().values, torch.from_numpy(protocol.split(task.dataset, 0).train))
+    assert torch.equal(epochs[0].sort().values, torch.from_numpy(splits.split(task.dataset, 0).train))
 
 
 def test_training_twice_gives_the_same_network():
@@ -300,8 +300,8 @@ def test_checkpoint_is_the_first_epoch_with_the_best_validation_macro_f1(monkeyp
         "predict_logits",
         lambda args, result: {k: v.clone() for k, v in args[0].state_dict().items()},
     )
-    network, epoch, f1 = train(make_task(epochs=4), "focal")
-    assert (epoch, f1) == (2, 0.5)
+    network, *found = train(make_task(epochs=4), "focal")
+    assert found == [2, 0.5, 0]
     assert states_equal(network.state_dict(), states[1])
     assert not states_equal(states[1], states[2])
 
@@ -322,7 +322,7 @@ def test_the_sweep_and_training_never_read_the_test_part(monkeypatch, tmp_path):
     sweep.train_all(task, sweep.TUNED, {name: {"0": ""} for name in results.GROWING}, tmp_path)
     rows = read_csv(tmp_path / "sweep.csv")
     assert len(rows) == sum(map(len, CANDIDATES.values())) == 32
-    parts = protocol.split(task.dataset, 0)
+    parts = splits.split(task.dataset, 0)
     assert set(np.concatenate(trained)) == set(parts.train)
     assert set(np.concatenate(predicted)) == set(parts.validation)
     table = sweep.table(tmp_path, "rows")
@@ -340,7 +340,7 @@ def test_cosine_decay_ends_near_nothing(monkeypatch):
 
 def test_a_split_by_image_parts_what_is_of_one_group():
     dataset = make_dataset((60, 40, 20), groups=np.arange(120) // 2)
-    parts = protocol.split(protocol.by_image(dataset), 0)
+    parts = splits.split(protocol.by_image(dataset), 0)
     assert set(dataset.groups[parts.train]) & set(dataset.groups[parts.test])
 
 
@@ -348,7 +348,7 @@ def test_deferred_reweighting_sets_in_after_four_fifths_of_the_epochs(monkeypatc
     task = make_task(epochs=10)
     weights = record(monkeypatch, protocol, "_train_epoch", lambda args, result: args[3].weight.clone())
     train(task, "ldam-drw")
-    counts = protocol.class_counts(task.dataset, protocol.split(task.dataset, 0).train)
+    counts = splits.class_counts(task.dataset, splits.split(task.dataset, 0).train)
     assert all(torch.equal(weight, torch.ones(N_CLASSES)) for weight in weights[:8])
     assert all(torch.equal(weight, class_balanced_weights(counts)) for weight in weights[8:])
     assert len(weights) == 10
@@ -434,7 +434,13 @@ def test_quick_command_leaves_all_outputs(quick):
     names = {path.name for path in folder.iterdir()}
     tables = {"table1.md", "table2.md", "differences.md", "recommendation.md"}
     pictures = {"rarest_classes.png", "confusion.png", "gradcam.png", "differences.png"}
-    assert names == tables | pictures | {"settings.json", "metrics.csv", "predictions.csv.gz", "gradcam.json"}
+    assert names == tables | pictures | {
+        "settings.json",
+        "metrics.csv",
+        "predictions.csv.gz",
+        "gradcam.json",
+        ".gitignore",
+    }
     for name in tables:
         assert (folder / name).read_text() in output
     assert output.rstrip().endswith(f"{(folder / 'recommendation.md').read_text()}\n{folder}")
@@ -553,7 +559,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path, fini
             raise KeyboardInterrupt
         return predict_logits(network, task, indices)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(protocol, "predict_logits", interrupt)
         run_experiment(folder)
     assert len(read_csv(folder / "metrics.csv")) == 2
@@ -628,7 +634,7 @@ def test_an_interrupted_sweep_goes_on_and_shows_what_is_whole(capsys, monkeypatc
             raise KeyboardInterrupt
         return original(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(protocol, "train", interrupt)
         run_sweep(tmp_path, "--seeds", "1")
     trained = record(monkeypatch, protocol, "train", lambda args, trained: args[3])
@@ -648,7 +654,7 @@ def test_an_interrupted_sweep_goes_on_and_shows_what_is_whole(capsys, monkeypatc
         (("--epochs", "3"), "epochs 2 there, 3 now"),
         (("--learning-rate", "0.01"), "learning_rate 0.001 there, 0.01 now"),
         (("--threads", "2"), "threads 1 there, 2 now"),
-        (("--image-size", "20"), "image_size 28 there, 20 now"),
+        (("--image-size", "26"), "image_size 28 there, 26 now"),
         (("--decay", "cosine"), "decay 'steps' there, 'cosine' now"),
         (("--logit-adjustment", "1.5"), "logit_adjustment None there, 1.5 now"),
         (("--label-smoothing", "0.1"), "label_smoothing None there, 0.1 now"),

@@ -3,7 +3,8 @@
 ``python -m benchmarks.accuracy --dataset folder --data PATH`` compares the losses on your own images, which lie as
 ``class/image.jpg``, and writes ``benchmarks/results/accuracy/folder-efficientnet-lite0-frozen/``. Interrupted, the same
 command goes on where it stopped; with other images, labels, weights or settings it is refused, and so is a second one
-on the same folder.
+on the same folder. What cannot be done is said before an image is read. Exit status: 0; 2 where the message says what
+to put right; 3 where a training diverged; 130 after Ctrl-C.
 """
 
 import argparse
@@ -13,13 +14,25 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks.accuracy import command, compare, models, protocol, report, results, sweep
+from benchmarks.accuracy import (
+    beforehand,
+    command,
+    compare,
+    endings,
+    models,
+    progress,
+    protocol,
+    report,
+    results,
+    splits,
+    sweep,
+)
 from benchmarks.accuracy.methods import DEFAULT, METHODS, Method, Setting
 from lmf_triton import log_prior_adjustment
 
 GRAD_CAM_SEED = 0
+EXPLAINED = "gradcam.png"  # shows an image
 SAVING_SHARE = 10  # so many times as long as saving takes is trained before the next: all predictions are written anew
 
 
@@ -29,12 +42,11 @@ def parse_arguments() -> argparse.Namespace:
         "--losses",
         nargs="+",
         choices=METHODS,
-        default=DEFAULT,
         metavar="LOSS",
         help=f"of {', '.join(METHODS)} (default: all but {', '.join(sweep.TUNED)}, which "
         "benchmarks.accuracy.sweep has to tune first)",
     )
-    return parser.parse_args()
+    return command.parse(parser)
 
 
 def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
@@ -49,22 +61,34 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
     trainings: dict[tuple[int, Setting], list[str]] = {}  # losses that differ only in what follows the training
     for loss, seed in pending:
         trainings.setdefault((seed, chosen[loss, seed]), []).append(loss)
-    if pending:
-        results.record_settings(folder, settings, command.environment(task))
+    environment = command.environment(task) if pending else {}
+    n_saved = len(runs)
 
     def save() -> float:
-        start = time.monotonic()
-        results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
+        nonlocal n_saved
+        start, n_new = time.monotonic(), len(runs) - n_saved
+        try:
+            with endings.held():
+                if environment:  # with the first result: a start that fails leaves nothing that refuses the next
+                    results.record_settings(folder, settings, dict(environment))
+                    environment.clear()
+                results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
+                n_saved = len(runs)
+        except results.CannotWrite as error:
+            raise results.CannotWrite(
+                f"{error}. What was trained last, {n_new} run{'s' * (n_new != 1)}, is lost; all before is saved, and "
+                "the same command goes on from there."
+            ) from error
         return time.monotonic() - start
 
-    saved_at, cost, n_saved = time.monotonic(), 0.0, len(runs)
+    saved_at, cost = time.monotonic(), 0.0
     try:
-        for seed, setting in tqdm(trainings, "losses x seeds", unit="training"):
+        for seed, setting in progress.bar(trainings, "losses x seeds", unit="training", leave=True):
             finished = train_one(task, setting, trainings[seed, setting], seed, folder)
             command.check_weights(task, settings)
             runs |= {run.key: run for run in finished}
             if time.monotonic() - saved_at > SAVING_SHARE * cost:
-                cost, saved_at, n_saved = save(), time.monotonic(), len(runs)
+                cost, saved_at = save(), time.monotonic()
     finally:
         if len(runs) > n_saved:
             save()
@@ -75,9 +99,9 @@ def train_one(
 ) -> list[results.Run]:
     """Train with one setting and seed, and look at the test part once for each of the losses that have it."""
     start = time.perf_counter()
-    split = protocol.split(task.dataset, seed)
+    split = splits.split(task.dataset, seed)
     trained = protocol.train(task, split, seed, setting, f"{losses[0]}, seed {seed}")
-    log_prior = log_prior_adjustment(protocol.class_counts(task.dataset, split.train))
+    log_prior = log_prior_adjustment(splits.class_counts(task.dataset, split.train))
     logits = protocol.predict_logits(trained.network, task, split.test)
     runs = []
     for loss in losses:
@@ -98,6 +122,7 @@ def train_one(
                 best_epoch=trained.epoch,
                 validation_f1=decision.validation_f1,
                 seconds=time.perf_counter() - start,
+                diverged=trained.diverged,
             )
         )
     return runs
@@ -109,58 +134,70 @@ def _choice(method: Method, setting: Setting, decision: protocol.Decision) -> st
     return f"tau {decision.tau:g}" if len(method.posthoc_taus) > 1 else ""
 
 
-def rarest_test_image(task: protocol.Task, split: protocol.Split) -> int:
+def rarest_test_image(task: protocol.Task, split: splits.Split) -> int:
     """The first test image of the rarest class: chosen without a look at any prediction."""
-    counts = protocol.class_counts(task.dataset, split.train)
+    counts = splits.class_counts(task.dataset, split.train)
     return int(split.test[task.dataset.labels[split.test] == counts.index(min(counts))][0])
 
 
-def explain(task: protocol.Task, split: protocol.Split, network: nn.Module, taken_off: Tensor) -> dict[str, list]:
+def explain(task: protocol.Task, split: splits.Split, network: nn.Module, taken_off: Tensor) -> dict[str, list]:
     """Grad-CAM of one test image, of the logits less what is taken off them."""
     index = rarest_test_image(task, split)
     whole = nn.Sequential(*task.model.on_images(network, task.weights), models.Shift(-taken_off)).to(task.device)
     return report.grad_cam(whole, models.read_image(task.model, task.dataset, index), int(task.dataset.labels[index]))
 
 
-def write_report(task: protocol.Task, settings: dict, folder: Path) -> str:
-    """Tables and pictures of what the folder holds; returns tables and recommendation."""
-    dataset, found = task.dataset, compare.read(folder)
+def write_tables(found: compare.Results, folder: Path) -> str:
+    """Tables and recommendation, one after the other."""
     written = report.tables(found)
     for name, text in written.items():
         results.replace_file(folder / name, text.encode())
+    return "\n".join(written.values())
+
+
+def draw_pictures(found: compare.Results, task: protocol.Task, settings: dict, folder: Path) -> None:
+    """Those of numbers, and the one that shows an image: Git is kept from it first."""
     report.plot_rarest(found, folder / "rarest_classes.png")
     if found.compared:
         report.plot_differences({f"{found.title}, {found.n_seeds} seeds": found}, folder / "differences.png")
     report.plot_confusion(found, folder / "confusion.png")
-    index = rarest_test_image(task, protocol.split(dataset, GRAD_CAM_SEED))
-    maps = report.read_grad_cams(folder)
+    dataset, maps = task.dataset, report.read_grad_cams(folder)
+    index = rarest_test_image(task, splits.split(dataset, GRAD_CAM_SEED))
+    results.keep_from_git(folder, EXPLAINED)
     report.plot_grad_cams(
         models.read_image(task.model, dataset, index),
         int(dataset.labels[index]),
         dataset.class_names,
         {loss: maps[loss] for loss in settings["losses"]},
         f"number {index} of {dataset.name}, {dataset.source}, {dataset.licence}",
-        folder / "gradcam.png",
+        folder / EXPLAINED,
     )
-    return "\n".join(written.values())
 
 
-def main() -> None:
+def main() -> int:
     args = parse_arguments()
     folder = command.output_folder(args)
-    with results.claim(folder):
+    with command.working_in(folder):
         dataset, model = command.load(args)
+        losses = beforehand.check_losses(args.losses, DEFAULT, model.epochs)
         # Another loss is trained with all seeds that the folder has, so all their splits are compared with its own.
         args.seeds = max(len(command.seeds(args)), results.n_former_seeds(folder))
-        settings = command.settings(args, dataset, model)
-        settings |= {"losses": list(args.losses), "seeds": command.seeds(args)}
+        extent = {"losses": losses, "seeds": command.seeds(args)}
+        extent = results.with_former_losses(folder, extent)
+        sweep.choices(folder, [(loss, seed) for loss in extent["losses"] for seed in extent["seeds"]])
+        settings = command.settings(args, dataset, model) | extent
         results.check_settings(folder, settings)
-        settings = results.with_former_losses(folder, settings)
-        sweep.choices(folder, [(loss, seed) for loss in settings["losses"] for seed in settings["seeds"]])
         task = command.make_task(args, dataset, model)
         train_all(task, settings, folder)
-        print(write_report(task, settings, folder))
-    print(folder)
+        found = compare.read(folder)
+        text = write_tables(found, folder)
+        try:
+            with report.missing_letters_said_once():
+                draw_pictures(found, task, settings, folder)
+        finally:  # the tables are what was waited for
+            command.show(text)
+    command.show(folder)
+    return endings.DIVERGED if found.diverged else 0
 
 
 if __name__ == "__main__":

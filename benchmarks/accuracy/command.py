@@ -2,9 +2,9 @@
 
 import argparse
 import math
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,20 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.accuracy import data, fingerprint, images, layout, methods, models, protocol, results
+from benchmarks.accuracy import (
+    beforehand,
+    data,
+    endings,
+    fingerprint,
+    images,
+    layout,
+    methods,
+    models,
+    progress,
+    protocol,
+    results,
+    splits,
+)
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = measure.ROOT / "benchmarks" / "cache"  # of features; Git ignores it
@@ -24,11 +37,12 @@ PACKAGES = ("captum", "efficientnet-lite-pytorch", "matplotlib", "numpy", "pillo
 USER_ERRORS = (
     data.MissingData,
     data.MalformedData,
-    data.UnusedOption,
     models.MissingModel,
-    protocol.SplitError,
+    beforehand.Refused,
+    splits.SplitError,
     results.DifferentSettings,
     results.FolderInUse,
+    results.CannotWrite,
     methods.NotTuned,
 )
 
@@ -62,7 +76,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=_path,
         help=f"folder or file of the download; of --dataset folder, your own images. {layout.LAYOUTS}",
     )
     parser.add_argument(
@@ -76,13 +90,32 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", type=_file, help="file of pretrained weights (default: those of the package)")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--output", type=Path, help=f"default: {RESULTS.relative_to(measure.ROOT)}/DATASET-MODEL")
+    parser.add_argument(
+        "--output",
+        type=_path,
+        help="folder of tables, pictures, predictions and settings, which name no image; gradcam.png shows one, and "
+        f"Git is told to ignore it (default: {RESULTS.relative_to(measure.ROOT)}/DATASET-MODEL)",
+    )
     parser.add_argument("--quick", action="store_true", help="a trial: few images and epochs, in a temporary folder")
     return parser
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, if each of its arguments has the effect that it asks for.
+
+    Raises:
+        Refused: one would have none.
+    """
+    args = parser.parse_args()
+    beforehand.check_arguments(args, models.MODELS[args.model])
+    return args
+
+
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
@@ -116,35 +149,70 @@ def _share(text: str) -> float:
     return number
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")  # as of a shell's variable that is not set
+    return Path(text)
+
+
 def _file(text: str) -> Path:
-    path = Path(text)
+    path = _path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"no such file: {path}")
     return path
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], int | None]) -> None:
     """Call the command; what its user can put right is said without a traceback."""
+    endings.run(main, USER_ERRORS)
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Keep other commands out of the folder of results. Whoever interrupts this one is told how to go on."""
     try:
-        main()
-    except USER_ERRORS as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        with results.claim(folder):
+            yield
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, endings.Interrupted) else endings.SIGNALS[0]
+        kept = (
+            f"Interrupted. What was finished is in {folder}; the same command, with this --output, goes on from there."
+            if results.has_results(folder)
+            else "Interrupted before anything was finished; the same command begins anew."
+        )
+        raise endings.Interrupted(number, kept) from None
+
+
+def show(text: object) -> None:
+    """Print what was found; it is in files already.
+
+    Raises:
+        CannotWrite: standard output takes nothing, as on a disk that is full.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise results.CannotWrite(f"Standard output cannot be written: {error.strerror or error}") from error
 
 
 def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
     """Data and model as the command line wants them."""
-    if args.groups and args.split == "random":
-        raise data.UnusedOption("--groups has no effect with --split random, which deals each image by itself")
-    dataset, model = data.load(args.dataset, args.data, args.groups), models.MODELS[args.model]
+    model = models.MODELS[args.model]
+    if args.quick:
+        model = replace(model, epochs=protocol.QUICK_EPOCHS)
+    options = {name: getattr(args, name) for name in ("epochs", "learning_rate", "decay", "image_size")}
+    model = replace(model, **{name: value for name, value in options.items() if value is not None})
+    beforehand.check_model(model, args.weights)
+    dataset = beforehand.check_classes(data.load(args.dataset, args.data, args.groups))
     for notice in dataset.notices:
-        print(notice, file=sys.stderr)
+        progress.say(notice)
     if args.split == "random":
         dataset = protocol.by_image(dataset)
     if args.quick:
-        dataset, model = protocol.shrink(dataset), replace(model, epochs=protocol.QUICK_EPOCHS)
-    options = {name: getattr(args, name) for name in ("epochs", "learning_rate", "decay", "image_size")}
-    return dataset, replace(model, **{name: value for name, value in options.items() if value is not None})
+        dataset = protocol.shrink(dataset)
+    return dataset, model
 
 
 def make_task(args: argparse.Namespace, dataset: data.Dataset, model: models.Model) -> protocol.Task:
@@ -171,14 +239,19 @@ def seeds(args: argparse.Namespace) -> list[int]:
 
 def output_folder(args: argparse.Namespace) -> Path:
     """Where the results go: those of a quick trial never among the others, unless asked for."""
-    if args.output:
-        return args.output
     name = f"{args.dataset}-{args.model}" + ("-random" if args.split == "random" else "")
-    return Path(tempfile.mkdtemp(prefix=f"{name}-")) if args.quick else RESULTS / name
+    folder = args.output or (Path(tempfile.gettempdir()) if args.quick else RESULTS) / name
+    beforehand.check_output(folder, args)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-")) if args.quick and not args.output else folder
 
 
 def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Model) -> dict[str, object]:
-    """What the results depend on besides code, versions and device; data, weights and splits as digests."""
+    """What the results depend on besides code, versions and device; data, weights and splits as digests.
+
+    Raises:
+        SplitError: the data cannot be split with one of the seeds; no image has been read then.
+    """
+    dealt = {seed: splits.split(dataset, seed) for seed in progress.bar(seeds(args), "splits", unit="seed")}
     return {
         "dataset": args.dataset,
         "images": len(dataset),
@@ -197,16 +270,16 @@ def settings(args: argparse.Namespace, dataset: data.Dataset, model: models.Mode
         "step_share": models.STEP_SHARE,
         "step_factor": models.STEP_FACTOR,
         "drw_share": methods.DRW_SHARE,
-        "shares": list(protocol.SHARES),
-        "fold_percent": protocol.FOLD_PERCENT,
+        "shares": list(splits.SHARES),
+        "fold_percent": splits.FOLD_PERCENT,
         **{name: value for name in ("logit_adjustment", "label_smoothing") if (value := getattr(args, name))},
         "threads": args.threads,
         "quick": args.quick,
         results.DESCRIPTIONS: _descriptions(dataset.n_classes),
         results.DATA: fingerprint.of_data(dataset) | {results.WEIGHTS: model.weights_digest(args.weights)},
-        results.SPLITS: {str(seed): split_digest(dataset, seed) for seed in seeds(args)},
+        results.SPLITS: {str(seed): split_digest(split) for seed, split in dealt.items()},
         results.CLASS_NAMES: list(dataset.class_names),
-        results.CLASS_COUNTS: {str(seed): _part_counts(dataset, seed) for seed in seeds(args)},
+        results.CLASS_COUNTS: {str(seed): _part_counts(dataset, split) for seed, split in dealt.items()},
     }
 
 
@@ -232,14 +305,13 @@ def _description(method: methods.Method, n_classes: int) -> str:
     return f"{method.code} ({fingerprint.digest(piece.encode() for piece in pieces)})"
 
 
-def _part_counts(dataset: data.Dataset, seed: int) -> dict[str, list[int]]:
-    parts = protocol.split(dataset, seed)._asdict()
-    return {name: protocol.class_counts(dataset, indices) for name, indices in parts.items()}
+def _part_counts(dataset: data.Dataset, split: splits.Split) -> dict[str, list[int]]:
+    return {name: splits.class_counts(dataset, indices) for name, indices in split._asdict().items()}
 
 
-def split_digest(dataset: data.Dataset, seed: int) -> str:
+def split_digest(split: splits.Split) -> str:
     """Of the three parts: the same data and seed give others in another version of scikit-learn."""
-    return fingerprint.digest(indices.astype(np.int64).tobytes() for indices in protocol.split(dataset, seed))
+    return fingerprint.digest(indices.astype(np.int64).tobytes() for indices in split)
 
 
 def check_weights(task: protocol.Task, settings: dict[str, object]) -> None:

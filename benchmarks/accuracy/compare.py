@@ -18,6 +18,7 @@ CONFIDENCE = 0.95
 FEW_SEEDS = 8  # below, an interval that allows for so many comparisons hardly excludes anything
 SAME = 1e-9  # differences that vary less are the same but for rounding: two seeds can fall alike by chance
 N_RAREST = 2
+REMEDY = "A lower --learning-rate, with another --output, may help."  # where a training diverged
 
 FIGURES: dict[str, Callable[[Metrics], float]] = {
     "macro-F1": lambda scores: scores.macro_f1,
@@ -102,6 +103,13 @@ class Results:
         """The losses that are compared with cross-entropy: none where that is missing."""
         return [loss for loss in self.losses if loss != BASELINE] if BASELINE in self.losses else []
 
+    @property
+    def diverged(self) -> dict[str, list[int]]:
+        """The seeds with which the training of a loss diverged, by the loss."""
+        runs = sorted((run for run in self.runs if run.diverged), key=lambda run: run.seed)
+        of_losses = {loss: [run.seed for run in runs if run.loss == loss] for loss in self.losses}
+        return {loss: seeds for loss, seeds in of_losses.items() if seeds}
+
     def of_loss(self, loss: str) -> list[Metrics]:
         """A loss's metrics in the order of the seeds."""
         return self._metrics[loss]
@@ -161,6 +169,8 @@ def recommendation(found: Results) -> str:
         return "Nothing to recommend: this was a quick trial of the command.\n"
     if not found.compared:
         return f"Nothing to recommend: no loss was compared with {BASELINE}.\n"
+    if BASELINE in found.diverged or found.compared == list(found.diverged):
+        return f"Nothing to recommend: {diverged(found)} {REMEDY}\n"
     if found.n_seeds == 1:
         return "Nothing to recommend: one seed says nothing about chance. The same command with --seeds 10 goes on.\n"
     lines = [
@@ -168,6 +178,8 @@ def recommendation(found: Results) -> str:
         "Macro-F1 counts false alarms of the rare classes, balanced accuracy counts only what is found of them. The "
         f"intervals are {100 * CONFIDENCE:.0f} %, for all losses together.",
     ]
+    if found.diverged:
+        lines.append(f"- Not recommended, whatever its figures: {diverged(found)} {REMEDY}")
     for figure in FIGURES:
         lines += [f"- {_advice(found, figure)}", *_warning(found, figure)]
     if found.n_seeds < FEW_SEEDS:
@@ -177,11 +189,20 @@ def recommendation(found: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def diverged(found: Results) -> str:
+    """Which trainings diverged."""
+    of_losses = [
+        f"{loss} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for loss, seeds in found.diverged.items()
+    ]
+    return f"the training diverged, its loss or logits not finite, of {'; '.join(of_losses)}."
+
+
 def _advice(found: Results, figure: str) -> str:
     """On the loss that is best in this figure, and what it does to the other."""
     score = 100 * np.mean([FIGURES[figure](scores) for scores in found.of_loss(BASELINE)])
-    better = [loss for loss in found.compared if found.difference(loss, figure).is_better]
-    best = max(better or found.compared, key=lambda loss: found.difference(loss, figure).mean)
+    whole = [loss for loss in found.compared if loss not in found.diverged]
+    better = [loss for loss in whole if found.difference(loss, figure).is_better]
+    best = max(better or whole, key=lambda loss: found.difference(loss, figure).mean)
     gain = points(found.difference(best, figure))
     if not better:
         return (

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from benchmarks.accuracy.dataset import Dataset, MalformedData, Origin, UnusedOption, group_numbers, named
+from benchmarks.accuracy.dataset import Dataset, MalformedData, Origin, group_numbers, named
 from benchmarks.accuracy.dataset import MissingData as MissingData  # which load raises, too
 from benchmarks.accuracy.folder import load_folder
 from benchmarks.accuracy.images import is_junk, open_image
@@ -125,13 +125,8 @@ def load(name: str, data: Path | None, groups: Path | None = None) -> Dataset:
     Raises:
         MissingData: a file, folder or package is not there.
         MalformedData: a file is not in its published layout, or is damaged.
-        UnusedOption: groups of another data set, which has its own or none.
     """
-    if name == "folder":
-        return load_folder(data, groups)
-    if groups is not None:
-        raise UnusedOption(f"--groups is for --dataset folder: {name} says by itself what belongs together, or nothing")
-    return DATASETS[name](data)
+    return load_folder(data, groups) if name == "folder" else DATASETS[name](data)
 
 
 def load_digits_long_tail(data: Path | None) -> Dataset:

@@ -22,10 +22,6 @@ class MalformedData(ValueError):
     """A file of a data set is there, but not in its published layout, or cannot be read."""
 
 
-class UnusedOption(ValueError):
-    """An option of the command line that would have no effect."""
-
-
 class Origin(NamedTuple):
     """Where a data set can be had, and on which terms."""
 

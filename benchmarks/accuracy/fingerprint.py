@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.accuracy import images
+from benchmarks.accuracy import images, progress
 from benchmarks.accuracy.dataset import Dataset, MalformedData
 
 LENGTH = 16  # hexadecimal digits
@@ -33,7 +33,7 @@ def of_data(dataset: Dataset) -> dict[str, str | None]:
         "image names": None if dataset.files is None else digest(os.fsencode(path.name) for path in dataset.files),
         "image contents": of_images(dataset),
         "labels": of_numbers(dataset.labels),
-        "class names": digest(os.fsencode(name) for name in dataset.class_names),
+        "class names": digest(name.encode(errors="surrogateescape") for name in dataset.class_names),
         "groups": of_numbers(dataset.groups),
         "test set": of_numbers(dataset.is_test),
         "long tail": of_numbers(dataset.long_tail),
@@ -48,7 +48,7 @@ def of_images(dataset: Dataset) -> str:
         MalformedData: some files cannot be read. The message lists them, and those that are damaged otherwise.
     """
     try:
-        return digest(_content(dataset, i) for i in images.progress(range(len(dataset)), "hashes of images"))
+        return digest(_content(dataset, i) for i in progress.bar(range(len(dataset)), "hashes of images"))
     except OSError as error:
         images.check(dataset.files or ())
         raise MalformedData(f"{error.filename}: {error.strerror}") from error

@@ -6,8 +6,7 @@
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.accuracy import compare, report
-from benchmarks.accuracy.command import RESULTS
+from benchmarks.accuracy import command, compare, report
 from benchmarks.accuracy.compare import FIGURES, Results
 from benchmarks.accuracy.methods import BASELINE, METHODS
 
@@ -23,7 +22,7 @@ NONE = "–"
 
 def read() -> dict[str, Results]:
     """The committed results of HAM10000, by what is trained and how the images are split."""
-    return {name: compare.read(RESULTS / folder) for name, folder in EXPERIMENTS.items()}
+    return {name: compare.read(command.RESULTS / folder) for name, folder in EXPERIMENTS.items()}
 
 
 def table(found: dict[str, Results]) -> str:
@@ -67,8 +66,8 @@ def _marked(difference: compare.Difference) -> str:
 def main() -> None:
     found = read()
     report.plot_differences({f"{name}, {each.n_seeds} seeds": each for name, each in found.items()}, PICTURE)
-    print(table(found))
+    command.show(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -3,14 +3,13 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
+from benchmarks.accuracy import progress
 from benchmarks.accuracy.dataset import MalformedData, listed
 
 READING = 2  # how pixels are made of a file. Another number where that changes: kept features are of one way of reading
@@ -38,8 +37,6 @@ WHITE = (255, 255, 255, 255)  # what a page shows behind an image: black ink on 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PEEK = 132  # bytes, as far as DICOM's mark
 
-Item = TypeVar("Item")
-
 
 def is_junk(path: Path) -> bool:
     """Whether a file or folder is no person's: hidden, such as a Mac's ``._x.jpg``, or left by a program."""
@@ -49,11 +46,6 @@ def is_junk(path: Path) -> bool:
 def is_image(path: Path) -> bool:
     """Whether a file is an image by its suffix."""
     return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
-    """The items, with a bar that goes when they are done."""
-    return tqdm(items, title, leave=False)
 
 
 def open_image(path: Path, mode: str) -> Image.Image:
@@ -161,7 +153,7 @@ def check(paths: Sequence[Path]) -> None:
         MalformedData: some cannot be read. The message lists all of them.
     """
     reasons = []
-    for path in progress(paths, "images"):
+    for path in progress.bar(paths, "images"):
         if fault := fault_of_file(path):  # opening a pipe would wait for ever
             reasons.append(f"{path}: {fault}")
             continue
@@ -180,7 +172,7 @@ def identical(paths: Sequence[Path]) -> list[list[int]]:
         by_size.setdefault(path.stat().st_size, []).append(i)
     candidates = [i for same in by_size.values() if len(same) > 1 for i in same]
     by_content: dict[bytes, list[int]] = {}
-    for i in progress(sorted(candidates), "copies of images"):
+    for i in progress.bar(sorted(candidates), "copies of images"):
         with suppress(OSError):  # which is said of it, and of all others, when all are read
             by_content.setdefault(hashlib.sha256(paths[i].read_bytes()).digest(), []).append(i)
     return [same for same in by_content.values() if len(same) > 1]

@@ -185,26 +185,14 @@ def _check_none_is_empty(root: Place, classes: dict[str, list[Path]], folders: S
 
 
 def _check_names(root: Place, names: Sequence[str]) -> None:
-    """Class names can be written to files, and told apart: those of train and test may be one class, spelt twice."""
+    """Class names can be told apart: those of train and test may be one class, spelt twice."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        if not _is_utf8(name):
-            raise MalformedData(
-                f"{root.path}: the folder {os.fsencode(name)!r} has a name that is not UTF-8: rename it"
-            )
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
     if same := [of_class for of_class in alike.values() if len(of_class) > 1]:
         raise _not_taken(
             root, f"folders whose names hardly differ: {named(map(repr, same[0]))}. Give one class one name"
         )
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _on_nested(folders: Sequence[Place]) -> list[str]:

@@ -78,11 +78,19 @@ class Setting:
             own["logit_adjustment"] = log_prior_adjustment(counts, tau=self.tau)
         return LOSSES[self.loss](counts, **(shared | own))
 
+    def is_reached_in(self, epochs: int) -> bool:
+        """Whether so few epochs are all of its training: deferred weights set in before the last."""
+        return not self.is_deferred or _drw_start(epochs) < epochs
+
     def make_schedule(self, criterion: nn.Module, counts: Counts, epochs: int) -> DeferredReweighting | None:
         """The schedule of its weights, if they have one."""
         if not self.is_deferred:
             return None
-        return DeferredReweighting(criterion, counts, start_epoch=round(DRW_SHARE * epochs))
+        return DeferredReweighting(criterion, counts, start_epoch=_drw_start(epochs))
+
+
+def _drw_start(epochs: int) -> int:
+    return round(DRW_SHARE * epochs)
 
 
 @dataclass(frozen=True)

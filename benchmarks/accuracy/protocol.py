@@ -1,4 +1,4 @@
-"""Split and training: the same for every loss, but for the loss.
+"""The training: the same for every loss, but for the loss.
 
 Within a seed all losses have the same split, initial weights, batches, flips and learning rate. The network kept is the
 one of the epoch with the best macro-F1 on the validation part; of equals, the first.
@@ -8,26 +8,21 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import f1_score
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks import measure
+from benchmarks.accuracy import progress
 from benchmarks.accuracy.data import Dataset
 from benchmarks.accuracy.methods import LossOptions, Method, Setting
 from benchmarks.accuracy.models import Model
+from benchmarks.accuracy.splits import Split, class_counts
 from lmf_triton import log_prior_adjustment
-
-# Parts of a hundred: training, validation, test.
-SHARES = (70, 15, 15)
-FOLD_PERCENT = 5  # groups are dealt into folds of so many percent, which the parts are made of
 
 EVALUATION_BATCH = 256
 
@@ -37,79 +32,9 @@ QUICK_EPOCHS = 3
 QUICK_SEEDS = 2
 
 
-class SplitError(ValueError):
-    """A class has no image in one of the three parts."""
-
-
-class Split(NamedTuple):
-    """Indices of the images of each part, ascending."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-
-@lru_cache  # every loss asks for it, and 10,000 images in 7,500 groups take 7 s (AMD EPYC, one thread)
-def split(dataset: Dataset, seed: int) -> Split:
-    """70:15:15 with every class's share kept, and groups kept together.
-
-    An official test set stays whole, and the other images are split 70:15, after a long tail has been drawn from them
-    where the data set asks for one.
-
-    Raises:
-        SplitError: a class has no image in one of the parts.
-    """
-    train_share, validation_share, test_share = SHARES
-    if dataset.is_test is None:
-        rest, test = _divide(dataset, np.arange(len(dataset)), test_share, train_share + validation_share, seed)
-    else:
-        rest, test = np.flatnonzero(~dataset.is_test), np.flatnonzero(dataset.is_test)
-    if dataset.long_tail is not None:
-        rest = _draw(dataset.labels, rest, dataset.long_tail, seed)
-    train, validation = _divide(dataset, rest, validation_share, train_share, seed)
-    divided = Split(train, validation, test)
-    for part, indices in divided._asdict().items():
-        for name, count in zip(dataset.class_names, class_counts(dataset, indices), strict=True):
-            if count == 0:
-                raise SplitError(f"{dataset.name}, seed {seed}: the {part} part has no image of the class {name!r}")
-    return divided
-
-
-def _divide(
-    dataset: Dataset, indices: np.ndarray, share: int, other_share: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Divide by ``other_share : share``, in this order."""
-    labels = dataset.labels[indices]
-    try:
-        if dataset.groups is None:
-            size = share / (share + other_share)
-            other, part = train_test_split(indices, test_size=size, stratify=labels, random_state=seed)
-        else:
-            n_folds, n_of_part = (share + other_share) // FOLD_PERCENT, share // FOLD_PERCENT
-            dealer = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-            folds = [indices[fold] for _, fold in dealer.split(indices, labels, dataset.groups[indices])]
-            other, part = np.concatenate(folds[n_of_part:]), np.concatenate(folds[:n_of_part])
-    except ValueError as error:  # fewer images than parts, or than classes in a part
-        raise SplitError(f"{dataset.name}, seed {seed}: {error}") from error
-    return np.sort(other), np.sort(part)
-
-
 def by_image(dataset: Dataset) -> Dataset:
     """The same data, whose images are dealt one by one: those of a group may lie on both sides of a split."""
     return replace(dataset, groups=None)
-
-
-def _draw(labels: np.ndarray, indices: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
-    """So many of these images of each class, by the seed."""
-    generator = np.random.default_rng(seed)
-    of_classes = [indices[labels[indices] == label] for label in range(len(counts))]
-    chosen = [generator.choice(of_class, n, replace=False) for of_class, n in zip(of_classes, counts, strict=True)]
-    return np.sort(np.concatenate(chosen))
-
-
-def class_counts(dataset: Dataset, indices: np.ndarray) -> list[int]:
-    """Images of each class, in the order of the labels and so of the logits."""
-    return np.bincount(dataset.labels[indices], minlength=dataset.n_classes).tolist()
 
 
 def shrink(dataset: Dataset) -> Dataset:
@@ -158,11 +83,16 @@ class Task:
 
 
 class Trained(NamedTuple):
-    """A network at its best epoch, the first being 1, and the macro-F1 of the validation part there."""
+    """A network at its best epoch, the first being 1, and the macro-F1 of the validation part there.
+
+    A training that diverges ends with that epoch. The best is one before it; where there is none, the untrained
+    network, epoch 0, stands for it.
+    """
 
     network: nn.Module
     epoch: int
     validation_f1: float
+    diverged: int = 0  # the epoch whose loss or logits were not finite; 0: none
 
 
 class Decision(NamedTuple):
@@ -189,17 +119,32 @@ def train(task: Task, split: Split, seed: int, setting: Setting, title: str) -> 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=model.learning_rate, weight_decay=model.weight_decay, fused=True)
     decay = model.make_decay(optimizer, task.epochs * math.ceil(len(split.train) / model.batch_size))
-    best, best_state = Trained(network, 0, -1.0), {}
-    for epoch in tqdm(range(task.epochs), title, unit="epoch", leave=False):
+    best, best_state, diverged = Trained(network, 0, -1.0), {}, 0
+    for epoch in progress.bar(range(task.epochs), title, unit="epoch"):
         if schedule is not None:
             schedule.step(epoch)
-        _train_epoch(network, task, batches(split.train, model.batch_size, seed, epoch), criterion, optimizer, decay)
-        predicted = predict_logits(network, task, split.validation).argmax(1).numpy()
-        f1 = macro_f1(task.dataset.labels[split.validation], predicted)
+        of_epoch = batches(split.train, model.batch_size, seed, epoch)
+        loss = _train_epoch(network, task, of_epoch, criterion, optimizer, decay)
+        logits = predict_logits(network, task, split.validation)
+        if not (math.isfinite(loss) and logits.isfinite().all()):
+            diverged = epoch + 1
+            break
+        f1 = macro_f1(task.dataset.labels[split.validation], logits.argmax(1).numpy())
         if f1 > best.validation_f1:
             best, best_state = Trained(network, epoch + 1, f1), copy.deepcopy(network.state_dict())
+    if diverged:
+        progress.say(f"{title}: the training diverged in epoch {diverged}: its loss or logits are not finite.")
+    if not best_state:
+        return _untrained(task, split, seed, diverged)
     network.load_state_dict(best_state)
-    return best
+    return best._replace(diverged=diverged)
+
+
+def _untrained(task: Task, split: Split, seed: int, diverged: int) -> Trained:
+    """What stands for a training that diverged in its first epoch."""
+    network = initial_network(task, seed)
+    predicted = predict_logits(network, task, split.validation).argmax(1).numpy()
+    return Trained(network, 0, macro_f1(task.dataset.labels[split.validation], predicted), diverged)
 
 
 def decide(task: Task, split: Split, trained: Trained, method: Method) -> Decision:
@@ -230,16 +175,21 @@ def _train_epoch(
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     decay: torch.optim.lr_scheduler.LRScheduler,
-) -> None:
+) -> float:
+    """Returns the sum of the losses, which is not finite where one of them is not."""
     network.train()
+    total = torch.zeros((), device=task.device)
     for indices in batches:
         inputs = task.inputs[indices]
         if task.model.flips:
             inputs = _flip(inputs)
         optimizer.zero_grad()
-        criterion(network(inputs.to(task.device)), task.labels(indices).to(task.device)).backward()
+        loss = criterion(network(inputs.to(task.device)), task.labels(indices).to(task.device))
+        loss.backward()
         optimizer.step()
         decay.step()
+        total += loss.detach()
+    return total.item()
 
 
 def _flip(images: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Tables and pictures of finished runs: the paper's Tables 1 and 2, its Figures 1 and 2, differences, confusion."""
 
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,14 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from benchmarks.accuracy.compare import CONFIDENCE, FIGURES, Difference, Results, points, recommendation
+from benchmarks.accuracy import progress
+from benchmarks.accuracy.compare import CONFIDENCE, FIGURES, Difference, Results, diverged, points, recommendation
 from benchmarks.accuracy.methods import BASELINE, METHODS
 from benchmarks.accuracy.results import CALIBRATION_BINS, GRAD_CAM, replace_file
+from benchmarks.accuracy.wording import in_markdown, in_picture
 
 DPI = 150
+MARK = " †"  # behind a loss of which a training diverged
 MAX_HALF = 8  # points beside the outermost mean that a picture of differences still shows
 EXPERIMENT_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#777777")
 MAX_SHOWN = 5  # classes in the picture of the rarest
@@ -56,7 +62,7 @@ def tables(found: Results) -> dict[str, str]:
 
 def table_1(found: Results) -> str:
     """Accuracy, macro averages, the rarest classes and calibration."""
-    rarest = [f"recall of {found.class_names[label]} %" for label in found.rarest]
+    rarest = [f"recall of {in_markdown(found.class_names[label])} %" for label in found.rarest]
     lines = []
     for loss in found.losses:
         scores = found.of_loss(loss)
@@ -64,7 +70,7 @@ def table_1(found: Results) -> str:
             [(s.accuracy, s.balanced_accuracy, s.macro_precision, s.macro_f1)[i] for s in scores] for i in range(4)
         ]
         columns += [[s.class_recall[label] for s in scores] for label in found.rarest]
-        lines.append((loss, *map(percent, columns), percent([s.calibration_error for s in scores])))
+        lines.append((_marked(loss, found), *map(percent, columns), percent([s.calibration_error for s in scores])))
     header = ("loss", "accuracy %", "balanced accuracy %", "macro precision %", "macro-F1 %", *rarest, "ECE %")
     return f"{_caption(found)}\n\n{markdown(header, lines)}"
 
@@ -77,8 +83,19 @@ def _caption(found: Results) -> str:
         caption += " Mean ± standard deviation over the seeds."
     return (
         f"{caption} Balanced accuracy is macro recall; ECE the expected calibration error of softmax(logits), whatever "
-        f"the loss's scale, {CALIBRATION_BINS} bins."
+        f"the loss's scale, {CALIBRATION_BINS} bins.{_on_divergence(found)}"
     )
+
+
+def _marked(loss: str, found: Results) -> str:
+    return loss + MARK * (loss in found.diverged)
+
+
+def _on_divergence(found: Results) -> str:
+    """For a caption, where a training diverged."""
+    if not found.diverged:
+        return ""
+    return f"{MARK}: {diverged(found)} It counts with its best epoch before that, or as the untrained network."
 
 
 def _seeds(found: Results) -> str:
@@ -89,19 +106,24 @@ def table_2(found: Results) -> str:
     """F1 of each class, with its number of training images."""
     class_f1 = {loss: np.array([score.class_f1 for score in found.of_loss(loss)]) for loss in found.losses}
     lines = [
-        (loss, *(percent(f1[:, label]) for label in range(len(found.class_names)))) for loss, f1 in class_f1.items()
+        (_marked(loss, found), *(percent(f1[:, label]) for label in range(len(found.class_names))))
+        for loss, f1 in class_f1.items()
     ]
     counts = found.counts["train"].round().astype(int)
-    header = ("loss", *(f"{name} ({count})" for name, count in zip(found.class_names, counts, strict=True)))
+    names = map(in_markdown, found.class_names)
+    header = ("loss", *(f"{name} ({count})" for name, count in zip(names, counts, strict=True)))
     caption = f"{found.title}, {_seeds(found)}: F1 of each class in percent, with its number of training images."
-    return f"{caption}\n\n{markdown(header, lines)}"
+    return f"{caption}{_on_divergence(found)}\n\n{markdown(header, lines)}"
 
 
 def differences(found: Results) -> str:
     """Paired differences of every loss to cross-entropy."""
     if not found.compared:
         return f"{found.title}: no loss to compare with {BASELINE}.\n"
-    lines = [(loss, *(points(found.difference(loss, figure)) for figure in FIGURES)) for loss in found.compared]
+    lines = [
+        (_marked(loss, found), *(points(found.difference(loss, figure)) for figure in FIGURES))
+        for loss in found.compared
+    ]
     caption = f"{found.title}, {_seeds(found)}: difference to {BASELINE} in points, paired by seed"
     if found.n_seeds > 1:
         corrected = (
@@ -113,7 +135,7 @@ def differences(found: Results) -> str:
             f". The intervals {corrected}, and of a column's {len(found.compared)} all hold together with "
             f"{100 * CONFIDENCE:.0f} % (Bonferroni)"
         )
-    return f"{caption}.\n\n{markdown(('loss', *FIGURES), lines)}"
+    return f"{caption}.{_on_divergence(found)}\n\n{markdown(('loss', *FIGURES), lines)}"
 
 
 def plot_rarest(found: Results, path: Path) -> None:
@@ -128,8 +150,8 @@ def plot_rarest(found: Results, path: Path) -> None:
             f1 = np.array([score.class_f1[label] for score in found.of_loss(loss)])
             spread = f1.std(ddof=1) if len(f1) > 1 else None
             axes.errorbar(f1.mean(), row, xerr=spread, fmt="o", markersize=4, elinewidth=0.9, color=_color(loss))
-        axes.set_title(f"{found.class_names[label]} ({counts[label]:.0f})", fontsize=9)
-        axes.set_yticks(range(len(found.losses)), found.losses, fontsize=8)
+        axes.set_title(f"{in_picture(found.class_names[label])} ({counts[label]:.0f})", fontsize=9)
+        axes.set_yticks(range(len(found.losses)), [_marked(loss, found) for loss in found.losses], fontsize=8)
         axes.xaxis.grid(True, color="#DDDDDD", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels.flat[0].invert_yaxis()
@@ -192,7 +214,7 @@ def plot_confusion(found: Results, path: Path) -> None:
         runs = [run for run in found.runs if run.loss == loss]
         counts = sum(confusion_matrix(run.labels, run.predicted, labels=labels) for run in runs)
         image = _draw_matrix(axes, 100 * counts / counts.sum(1, keepdims=True), found.class_names)
-        axes.set_title(loss)
+        axes.set_title(_marked(loss, found))
     for axes in panels.flat[len(found.losses) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=panels, label="% of the class's test images", shrink=0.6)
@@ -204,8 +226,9 @@ def plot_confusion(found: Results, path: Path) -> None:
 
 def _draw_matrix(axes: Axes, percentages: np.ndarray, class_names: Sequence[str]):
     image = axes.imshow(percentages, cmap="cividis", vmin=0, vmax=100)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(class_names)), class_names, fontsize=7)
+    names = [in_picture(name) for name in class_names]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.tick_params(labelbottom=True)
     if len(class_names) <= MAX_ANNOTATED:
         for (row, column), value in np.ndenumerate(percentages):
@@ -239,9 +262,16 @@ def _rounded(values: Tensor) -> list:
 
 
 def read_grad_cams(folder: Path) -> dict[str, dict[str, list]]:
-    """The maps of each loss so far."""
+    """The maps of each loss so far; of a damaged file none, with a word."""
     path = folder / GRAD_CAM
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        maps = json.loads(path.read_text(encoding="utf-8"))
+        return {loss: {name: maps[loss][name] for name in ("map", "probabilities")} for loss in maps}
+    except (KeyError, TypeError, ValueError):
+        progress.say(f"{path} is damaged: the runs that it explains are trained again.")
+        return {}
 
 
 def add_grad_cam(folder: Path, loss: str, result: dict[str, list]) -> None:
@@ -268,19 +298,36 @@ def plot_grad_cams(
     picture = image.transpose(1, 2, 0) if len(image) == 3 else image[0]
     for axes in panels.flat[: 1 + len(maps)]:
         axes.imshow(picture, cmap="gray")
-    panels.flat[0].set_title(f"class: {class_names[label]}\n", fontsize=9)
+    panels.flat[0].set_title(f"class: {in_picture(class_names[label])}\n", fontsize=9)
     for axes, (loss, result) in zip(panels.flat[1:], maps.items(), strict=False):
         heat = np.array(result["map"], dtype=np.float32)
         if heat.any():
             heat = np.asarray(Image.fromarray(heat).resize(picture.shape[1::-1], Image.Resampling.BILINEAR))
             axes.imshow(heat, cmap="inferno", alpha=0.55, vmin=0)
         best = int(np.argmax(result["probabilities"]))
-        axes.set_title(f"{loss}\n{class_names[best]}: {100 * result['probabilities'][best]:.0f} %", fontsize=9)
+        axes.set_title(
+            f"{loss}\n{in_picture(class_names[best])}: {100 * result['probabilities'][best]:.0f} %", fontsize=9
+        )
     figure.suptitle("Grad-CAM of the class's log-probability; below each loss its prediction", fontsize=10)
     figure.supxlabel(f"image: {origin}", fontsize=7)
     _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    replace_file(path, file.getvalue())
+
+
+@contextmanager
+def missing_letters_said_once() -> Iterator[None]:
+    """One word on all the letters that matplotlib's fonts lack, for a warning a letter and picture."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    missing = [warning for warning in caught if "missing from" in str(warning.message)]
+    for warning in caught:
+        if warning not in missing:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if missing:
+        progress.say("Some letters are in no font of matplotlib's: pictures show boxes for them; tables have them.")

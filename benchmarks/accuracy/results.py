@@ -1,7 +1,8 @@
 """What a run leaves in its folder, so that anyone can recompute it and an interrupted run can go on.
 
-``predictions.csv.gz`` has every test prediction, ``metrics.csv`` what follows from them, ``settings.json`` how they
-came about and what they depend on. Files are replaced as a whole: one that a crash interrupts keeps its former content.
+``predictions.csv.gz`` has every test prediction, by the number of its image and not by its name, ``metrics.csv`` what
+follows from them, ``settings.json`` how they came about and what they depend on. Files are replaced as a whole: one
+that a crash interrupts keeps its former content. Of one that was damaged otherwise, what it lacks is trained again.
 One command at a time writes to a folder, and all results in it have one fingerprint.
 """
 
@@ -10,7 +11,8 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from benchmarks.accuracy import fingerprint
+from benchmarks.accuracy import fingerprint, progress
 
 PREDICTIONS, METRICS, SETTINGS = "predictions.csv.gz", "metrics.csv", "settings.json"
+PREDICTION_COLUMNS = ("loss", "seed", "index", "label", "predicted", "confidence")
 GRAD_CAM = "gradcam.json"
 SWEEP = "sweep.csv"
 LOCK = ".lock"
+GIT_IGNORES = ".gitignore"
+PARTIAL = ".partial"  # what the name of a file ends with that is being written
 EXTENT = ("losses", "seeds")  # settings that say how much to train, change no result, and only ever grow
 DESCRIPTIONS = "descriptions"  # the setting that says of each loss by its name what it is; others may be added later
 DATA, SPLITS = "data", "splits"  # settings that are digests: by what they are of, and by seed
@@ -33,6 +38,7 @@ CLASS_NAMES, CLASS_COUNTS = "class names", "class counts"  # for whoever reads r
 GROUPS = "groups"  # the setting that says of a user's own images whether a table of patients was given
 GROWING = (DESCRIPTIONS, SPLITS, CLASS_COUNTS)  # an entry for each loss or seed, and more of them later
 APART = (*EXTENT, *GROWING, CLASS_NAMES)  # settings that are not compared as a whole
+DIVERGED = "diverged"  # the column of the epoch in which a training diverged, where one did
 CONFIDENCE_DECIMALS = 3
 CALIBRATION_BINS = 15  # Guo et al. 2017
 
@@ -43,6 +49,10 @@ class DifferentSettings(ValueError):
 
 class FolderInUse(Exception):
     """Another command writes to the folder."""
+
+
+class CannotWrite(OSError):
+    """A file or folder cannot be written; the message names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +69,7 @@ class Run:
     best_epoch: int
     validation_f1: float
     seconds: float  # of the training, which several may share, and of the prediction
+    diverged: int = 0  # the epoch in which the training diverged; 0: it did not
 
     @property
     def key(self) -> tuple[str, int]:
@@ -109,25 +120,52 @@ def calibration_error(is_right: np.ndarray, confidence: np.ndarray) -> float:
 def claim(folder: Path) -> Iterator[None]:
     """Keep other commands out of a folder. The lock is the operating system's, which takes it from a command that dies.
 
+    Folders that had to be made for it are removed again where the command leaves nothing in them.
+
     Raises:
         FolderInUse: another command has it.
+        CannotWrite: it cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    lock, made = FileLock(folder / LOCK), []
     try:
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise FolderInUse(
             f"Another command is writing to {folder}. Wait until it has finished, or choose another --output."
         ) from None
+    except OSError as error:
+        _remove_empty(made)
+        reason = "it is a file" if os.path.lexists(folder) and not folder.is_dir() else error.strerror or error
+        raise CannotWrite(f"Results cannot be written to {folder}: {reason}. Choose another --output.") from error
     try:
         yield
     finally:
         with suppress(OSError):
             (folder / LOCK).unlink()  # while it is held: whoever opened it before will not take it for the new one
         lock.release()
+        _remove_empty([folder, *made])
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Those that are empty, each before the one that it is in."""
+    for folder in folders:
         with suppress(OSError):
-            folder.rmdir()  # where a command failed before it left anything
+            folder.rmdir()
+
+
+def keep_from_git(folder: Path, name: str) -> None:
+    """Have Git ignore a file of a folder, wherever that lies, before the file is there.
+
+    A ``.gitignore`` that someone else has put there keeps what it says.
+    """
+    path = folder / GIT_IGNORES
+    former = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else f"{GIT_IGNORES}\n"
+    lines = [name, f"{name}{PARTIAL}"]
+    if not set(lines) <= set(former.splitlines()):
+        text = "\n".join([*former.splitlines(), *lines]) + "\n"
+        replace_file(path, text.encode(errors="surrogateescape"))
 
 
 def fingerprint_of(settings: dict) -> str:
@@ -142,9 +180,9 @@ def check_settings(folder: Path, settings: dict) -> None:
     Raises:
         DifferentSettings: the folder holds results of other data or settings, or that do not say what they depend on.
     """
-    if not any((folder / name).exists() for name in (SETTINGS, METRICS, PREDICTIONS, GRAD_CAM, SWEEP)):
-        return
     content = read_settings(folder)
+    if not has_results(folder):
+        return
     if "fingerprint" not in content:
         raise DifferentSettings(
             f"{folder} holds results that do not say which data they are of ({SETTINGS} has no fingerprint, as in "
@@ -165,7 +203,7 @@ def _differences(earlier: dict, settings: dict) -> list[str]:
         for name in compared
         if earlier.get(name) != settings.get(name)
     ]
-    differences += _data_differences(earlier[DATA], settings[DATA])
+    differences += _data_differences(earlier.get(DATA, {}), settings[DATA])
     differences += [
         f"{loss} {description!r} there, {settings[DESCRIPTIONS][loss]!r} now"
         for loss, description in earlier.get(DESCRIPTIONS, {}).items()
@@ -174,7 +212,7 @@ def _differences(earlier: dict, settings: dict) -> list[str]:
     return differences or [
         f"seed {seed} splits the same images in another way (by another version of scikit-learn or NumPy)"
         for seed, split in settings[SPLITS].items()
-        if earlier[SPLITS].get(seed, split) != split
+        if earlier.get(SPLITS, {}).get(seed, split) != split
     ]
 
 
@@ -186,12 +224,30 @@ def _data_differences(earlier: dict, data: dict) -> list[str]:
     return [", ".join(filter(None, clauses))] if other else []
 
 
+def has_results(folder: Path) -> bool:
+    """Whether there is a result: what a command wrote before its first one counts for nothing."""
+    return any((folder / name).exists() for name in (METRICS, PREDICTIONS, SWEEP))
+
+
 def read_settings(folder: Path) -> dict:
-    """What the folder says of its results: nothing where the file is missing or is no JSON."""
-    try:
-        return json.loads((folder / SETTINGS).read_text())
-    except (FileNotFoundError, ValueError):
+    """What the folder says of its results: nothing where it has none, or the file is missing.
+
+    Raises:
+        DifferentSettings: the file is damaged, or was not written by this command.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
         return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not (isinstance(content, dict) and isinstance(content.get("settings"), dict)):
+        raise DifferentSettings(
+            f"{path} is damaged or not of this command, so that results beside it do not say which data they are of. "
+            "Put back a whole copy, choose another --output, or remove the folder."
+        )
+    return content if has_results(folder) else {}
 
 
 def n_former_seeds(folder: Path) -> int:
@@ -229,14 +285,7 @@ def write_runs(folder: Path, runs: Sequence[Run], class_names: Sequence[str]) ->
         )
     ]
     predictions = [
-        {
-            "loss": loss,
-            "seed": seed,
-            "index": index,
-            "label": label,
-            "predicted": predicted,
-            "confidence": confidence,
-        }
+        dict(zip(PREDICTION_COLUMNS, (loss, seed, index, label, predicted, confidence), strict=True))
         for seed, index, _, loss, label, predicted, confidence in sorted(lines)
     ]
     # Without the time, so that the same predictions are the same bytes.
@@ -264,55 +313,106 @@ def _metrics_row(run: Run, class_names: Sequence[str]) -> dict[str, object]:
         "best_epoch": run.best_epoch,
         "seconds": f"{run.seconds:.1f}",
         **{name: f"{number:.6f}" for name, number in numbers.items()},
+        **({DIVERGED: run.diverged} if run.diverged else {}),
     }
 
 
 def read_runs(folder: Path, class_names: Sequence[str]) -> list[Run]:
-    """The finished runs: those in both files, whose metrics are those of their predictions."""
+    """The finished runs: those in both files, whose metrics are those of their predictions. Others are named."""
     if not (folder / METRICS).exists() or not (folder / PREDICTIONS).exists():
         return []
-    with gzip.open(folder / PREDICTIONS, "rt", newline="") as file:
-        predictions: dict[tuple[str, int], list[tuple[str, ...]]] = {}
-        for line in csv.DictReader(file):
-            images = predictions.setdefault((line["loss"], int(line["seed"])), [])
-            images.append(tuple(line[name] for name in ("index", "label", "predicted", "confidence")))
-    with (folder / METRICS).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    runs = []
-    for row in rows:
-        key = row["loss"], int(row["seed"])
-        if key not in predictions:
-            continue
-        *numbers, confidence = zip(*predictions[key], strict=True)
-        indices, labels, predicted = (np.array(column, dtype=np.int64) for column in numbers)
-        run = Run(
-            *key,
-            indices=indices,
-            labels=labels,
-            predicted=predicted,
-            confidence=np.array(confidence, dtype=np.float64),
-            choice=row["choice"],
-            best_epoch=int(row["best_epoch"]),
-            validation_f1=float(row["validation_macro_f1"]),
-            seconds=float(row["seconds"]),
+    predictions: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for line in csv.DictReader(read_lines(folder / PREDICTIONS, PREDICTION_COLUMNS)):
+        values = tuple(line[name] or "" for name in PREDICTION_COLUMNS)
+        predictions.setdefault(values[:2], []).append(values[2:])
+    runs, damaged = [], []
+    for row in csv.DictReader(read_lines(folder / METRICS, ("loss", "seed"))):
+        key = row.get("loss") or "", row.get("seed") or ""
+        try:
+            runs.append(_run_of(row, predictions.get(key, []), class_names))
+        except (KeyError, TypeError, ValueError):
+            damaged.append(", seed ".join(key))
+    if damaged:
+        progress.say(
+            f"{folder / METRICS} and {PREDICTIONS} beside it do not agree on, or lack a part of: {'; '.join(damaged)}. "
+            "That is trained again."
         )
-        if {name: str(value) for name, value in _metrics_row(run, class_names).items()} == row:
-            runs.append(run)
     return runs
 
 
+def _run_of(row: dict[str, str], predictions: Sequence[tuple[str, ...]], class_names: Sequence[str]) -> Run:
+    """The run of a line of metrics.
+
+    Raises:
+        KeyError, TypeError, ValueError: the line or its predictions are not whole, or do not agree.
+    """
+    *numbers, confidence = zip(*predictions, strict=True)
+    indices, labels, predicted = (np.array(column, dtype=np.int64) for column in numbers)
+    run = Run(
+        loss=row["loss"],
+        seed=int(row["seed"]),
+        indices=indices,
+        labels=labels,
+        predicted=predicted,
+        confidence=np.array(confidence, dtype=np.float64),
+        choice=row["choice"],
+        best_epoch=int(row["best_epoch"]),
+        validation_f1=float(row["validation_macro_f1"]),
+        seconds=float(row["seconds"]),
+        diverged=int(row.get(DIVERGED) or 0),
+    )
+    expected = {name: str(value) for name, value in _metrics_row(run, class_names).items()}
+    if {DIVERGED: "", **expected} != {DIVERGED: "", **row}:
+        raise ValueError("the metrics are not those of the predictions")
+    return run
+
+
+def read_lines(path: Path, columns: Iterable[str]) -> list[str]:
+    """The whole lines of a CSV file with these columns, gzipped or not; of a damaged one those before the damage."""
+    lines, fault = [], ""
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", newline="", encoding="utf-8") as file:
+            for line in file:  # one by one: a damaged file has some before it fails
+                lines.append(line)
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        fault = str(error)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        fault = fault or "its last line is cut off"
+    absent = set(columns).difference(*csv.reader(lines[:1]))
+    if lines and absent:
+        lines, fault = [], fault or f"it has no column {min(absent)!r}"
+    if fault or not lines:
+        progress.say(f"{path} is damaged ({fault or 'it is empty'}): what it lacks is trained again.")
+    return lines
+
+
 def csv_text(rows: Sequence[dict[str, object]]) -> str:
-    """The rows as CSV, under the names of the first."""
+    """The rows as CSV, under the names that any of them has."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it has the old content or the new at any moment, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    """Write a file so that it has the old content or the new at any moment, whatever happens, a power cut included.
+
+    Raises:
+        CannotWrite: the file cannot be written.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from benchmarks.accuracy import command, protocol, report, results
+from benchmarks.accuracy import beforehand, command, endings, progress, protocol, report, results, splits
 from benchmarks.accuracy.methods import METHODS, NotTuned, Setting
 
 TUNED = tuple(name for name, method in METHODS.items() if method.is_tuned)
@@ -22,10 +21,8 @@ TUNED = tuple(name for name, method in METHODS.items() if method.is_tuned)
 
 def parse_arguments() -> argparse.Namespace:
     parser = command.make_parser(__doc__)
-    parser.add_argument(
-        "--losses", nargs="+", choices=TUNED, default=TUNED, metavar="LOSS", help=f"default: {' '.join(TUNED)}"
-    )
-    return parser.parse_args()
+    parser.add_argument("--losses", nargs="+", choices=TUNED, metavar="LOSS", help=f"default: {' '.join(TUNED)}")
+    return command.parse(parser)
 
 
 def choices(folder: Path, keys: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Setting]:
@@ -53,12 +50,22 @@ def choices(folder: Path, keys: Sequence[tuple[str, int]]) -> dict[tuple[str, in
 
 
 def _read(folder: Path) -> dict[tuple[str, str, int], dict[str, str]]:
-    """Rows by loss, setting and seed."""
+    """Rows by loss, setting and seed; those of a damaged file that are whole."""
     path = folder / results.SWEEP
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        return {(row["loss"], row["setting"], int(row["seed"])): row for row in csv.DictReader(file)}
+    rows, n_damaged = {}, 0
+    for row in csv.DictReader(
+        results.read_lines(path, ("loss", "setting", "seed", "validation_macro_f1", "best_epoch"))
+    ):
+        try:
+            float(row["validation_macro_f1"]), int(row["best_epoch"])
+            rows[row["loss"], row["setting"], int(row["seed"])] = row
+        except (KeyError, TypeError, ValueError):
+            n_damaged += 1
+    if n_damaged:
+        progress.say(f"{path}: {n_damaged} lines are damaged; what they had is tried again.")
+    return rows
 
 
 def train_all(task: protocol.Task, losses: Sequence[str], settings: dict, folder: Path) -> None:
@@ -71,10 +78,10 @@ def train_all(task: protocol.Task, losses: Sequence[str], settings: dict, folder
         for setting in METHODS[loss].settings
     ]
     pending = [key for key in keys if (key[0], str(key[1]), key[2]) not in rows]
-    if pending:
-        results.record_settings(folder, settings, command.environment(task))
-    for loss, setting, seed in tqdm(pending, "sweep", total=len(keys), initial=len(keys) - len(pending), unit="run"):
-        trained = protocol.train(task, protocol.split(task.dataset, seed), seed, setting, f"{setting}, seed {seed}")
+    environment = command.environment(task) if pending else {}
+    done = len(keys) - len(pending)
+    for loss, setting, seed in progress.bar(pending, "sweep", total=len(keys), initial=done, unit="run", leave=True):
+        trained = protocol.train(task, splits.split(task.dataset, seed), seed, setting, f"{setting}, seed {seed}")
         command.check_weights(task, settings)
         rows[loss, str(setting), seed] = {
             "loss": loss,
@@ -82,8 +89,13 @@ def train_all(task: protocol.Task, losses: Sequence[str], settings: dict, folder
             "seed": str(seed),
             "validation_macro_f1": f"{trained.validation_f1:.6f}",
             "best_epoch": str(trained.epoch),
+            **({results.DIVERGED: str(trained.diverged)} if trained.diverged else {}),
         }
-        results.replace_file(folder / results.SWEEP, results.csv_text(list(rows.values())).encode())
+        with endings.held():
+            if environment:  # with the first result, as the experiment does
+                results.record_settings(folder, settings, environment)
+                environment = {}
+            results.replace_file(folder / results.SWEEP, results.csv_text(list(rows.values())).encode())
 
 
 def table(folder: Path, title: str) -> str:
@@ -91,6 +103,7 @@ def table(folder: Path, title: str) -> str:
     rows = _read(folder)
     seeds = sorted({seed for _, _, seed in rows})
     scores: dict[tuple[str, str], dict[int, float]] = {}
+    diverged = {(loss, setting) for (loss, setting, _), row in rows.items() if row.get(results.DIVERGED)}
     for (loss, setting, seed), row in rows.items():
         if all((loss, str(candidate), s) in rows for candidate in METHODS[loss].settings for s in seeds):
             scores.setdefault((loss, setting), {})[seed] = float(row["validation_macro_f1"])
@@ -98,28 +111,33 @@ def table(folder: Path, title: str) -> str:
     lines = []
     for (loss, setting), of_seeds in scores.items():
         n_chosen = sum(str(chosen[loss, seed]) == setting for seed in seeds)
-        lines.append((loss, setting, report.percent([of_seeds[seed] for seed in seeds]), str(n_chosen)))
+        score = report.percent([of_seeds[seed] for seed in seeds])
+        lines.append((loss, setting + report.MARK * ((loss, setting) in diverged), score, str(n_chosen)))
     caption = (
         f"{title}: macro-F1 on the validation part alone, of the epoch where it is best, {len(seeds)} seed(s), mean ± "
         "standard deviation; and for how many seeds the setting is the best of its loss. The best of many is ahead by "
         "chance, too."
     )
+    if diverged & scores.keys():
+        caption += f"{report.MARK}: a training diverged, and counts with its best epoch before that."
     return f"{caption}\n\n{report.markdown(('loss', 'setting', 'validation macro-F1 %', 'chosen'), lines)}"
 
 
-def main() -> None:
+def main() -> int:
     args = parse_arguments()
     folder = command.output_folder(args)
-    with results.claim(folder):
+    with command.working_in(folder):
         dataset, model = command.load(args)
+        losses = beforehand.check_losses(args.losses, TUNED, model.epochs)
         settings = command.settings(args, dataset, model)
         results.check_settings(folder, settings)
         task = command.make_task(args, dataset, model)
-        train_all(task, args.losses, settings, folder)
+        train_all(task, losses, settings, folder)
         text = table(folder, f"{dataset.name}, {model.name}, {settings['split']} split")
         results.replace_file(folder / "sweep.md", text.encode())
-        print(text)
-    print(folder)
+        command.show(text)
+    command.show(folder)
+    return endings.DIVERGED if report.MARK in text else 0
 
 
 if __name__ == "__main__":

@@ -19,12 +19,7 @@ GRACE_SECONDS = 15  # for pytest's summary, once it is told to stop
 FIRST_TESTS = ("tests/test_gpu.py",)  # so that they are not the ones left out when the time is up
 # These run nothing on the device.
 OTHER_TESTS = (
-    "tests/test_accuracy_data.py",
-    "tests/test_accuracy_fingerprint.py",
-    "tests/test_accuracy_folder.py",
-    "tests/test_accuracy_groups.py",
-    "tests/test_accuracy_images.py",
-    "tests/test_accuracy_protocol.py",
+    *(f"tests/{path.name}" for path in (measure.ROOT / "tests").glob("test_accuracy_*.py")),  # of benchmarks.accuracy
     "tests/test_benchmarks.py",
     "tests/test_compile_targets.py",
     "tests/test_typing.py",

@@ -1,0 +1,23 @@
+"""Names of classes, which are those of people's folders, as Markdown and as matplotlib show them: letter by letter."""
+
+import re
+
+LONGEST_LABEL = 40  # letters that a picture has room for
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|$~&#])")
+
+
+def in_markdown(name: str) -> str:
+    """In a cell of a table; a line break would end it."""
+    return MARKDOWN.sub(r"\\\1", _in_one_line(name))
+
+
+def in_picture(name: str) -> str:
+    """As a label: between two dollars matplotlib would see mathematics."""
+    name = _in_one_line(name)
+    if len(name) > LONGEST_LABEL:
+        name = f"{name[: LONGEST_LABEL - 1]}…"
+    return name.replace("$", r"\$")
+
+
+def _in_one_line(name: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in name)
