@@ -156,7 +156,11 @@ def device_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = (
+        re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8", errors="replace"))
+        if cpuinfo.exists()
+        else None
+    )
     return model[1] if model else platform.processor() or platform.machine()
 
 
@@ -187,7 +191,9 @@ def _commit() -> str:
     """The commit of the code, with a plus if files other than results differ from it; "unknown" outside a clone."""
     try:
         head, changes = (
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=True
+            ).stdout.strip()
             for command in (
                 ("rev-parse", "--short=12", "HEAD"),
                 ("status", "--porcelain", "--", ".", ":!benchmarks/results"),
@@ -207,7 +213,7 @@ def results_folder(device: torch.device) -> Path:
 def write_csv(path: Path, rows: Sequence[dict], environment: dict) -> None:
     """One line a row, each with the columns of the environment, so that files can be joined."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *environment], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **environment} for row in rows)

@@ -621,6 +621,14 @@ def test_a_terminal_has_bars(monkeypatch):
     assert "things: 100%" in terminal.getvalue() and "3/3" in terminal.getvalue()
 
 
+def test_a_log_on_a_full_disk_ends_no_training(monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+        assert list(progress.bar(range(3), "things")) == [0, 1, 2]
+        endings._drop_what_cannot_be_written()
+
+
 def test_a_command_without_a_terminal_writes_next_to_nothing(finished_once, tmp_path, capsys, no_pictures):
     run(finished_once / "data", tmp_path / "output")
     assert capsys.readouterr().err == ""

@@ -10,6 +10,7 @@ to put right; 3 where a training diverged; 130 after Ctrl-C.
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,31 +50,30 @@ def parse_arguments() -> argparse.Namespace:
     return command.parse(parser)
 
 
-def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
-    """Train what is not finished yet, and save after each, or as often as saving takes little of the time."""
-    losses, names = settings["losses"], task.dataset.class_names
-    keys = [(loss, seed) for seed in settings["seeds"] for loss in losses]
-    # Of the seed that is explained, a run without its map is not finished: its network is gone.
-    lost = {(loss, GRAD_CAM_SEED) for loss in losses if loss not in report.read_grad_cams(folder)}
-    runs = {run.key: run for run in results.read_runs(folder, names) if run.key not in lost}
-    pending = [key for key in keys if key not in runs]
-    chosen = sweep.choices(folder, pending)
-    trainings: dict[tuple[int, Setting], list[str]] = {}  # losses that differ only in what follows the training
-    for loss, seed in pending:
-        trainings.setdefault((seed, chosen[loss, seed]), []).append(loss)
-    environment = command.environment(task) if pending else {}
-    n_saved = len(runs)
+@dataclass
+class Saver:
+    """Writes runs to their folder, and with the first one what they depend on.
 
-    def save() -> float:
-        nonlocal n_saved
-        start, n_new = time.monotonic(), len(runs) - n_saved
+    So a start that fails leaves nothing that refuses the next.
+    """
+
+    folder: Path
+    settings: dict
+    environment: dict
+    class_names: Sequence[str]
+    n_saved: int  # runs that the folder has
+    recorded: bool = False
+
+    def save(self, runs: Sequence[results.Run]) -> float:
+        """Returns the seconds that it took. A signal waits until all is written."""
+        start, n_new = time.monotonic(), len(runs) - self.n_saved
         try:
             with endings.held():
-                if environment:  # with the first result: a start that fails leaves nothing that refuses the next
-                    results.record_settings(folder, settings, dict(environment))
-                    environment.clear()
-                results.write_runs(folder, [runs[key] for key in keys if key in runs], names)
-                n_saved = len(runs)
+                if not self.recorded:
+                    results.record_settings(self.folder, self.settings, self.environment)
+                    self.recorded = True
+                results.write_runs(self.folder, runs, self.class_names)
+                self.n_saved = len(runs)
         except results.CannotWrite as error:
             raise results.CannotWrite(
                 f"{error}. What was trained last, {n_new} run{'s' * (n_new != 1)}, is lost; all before is saved, and "
@@ -81,6 +81,21 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
             ) from error
         return time.monotonic() - start
 
+
+def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
+    """Train what is not finished yet, and save after each, or as often as saving takes little of the time."""
+    losses, names = settings["losses"], task.dataset.class_names
+    keys = [(loss, seed) for seed in settings["seeds"] for loss in losses]
+    # Of the seed that is explained, a run without its map is not finished: its network is gone.
+    maps = report.read_grad_cams(folder)
+    lost = {(loss, GRAD_CAM_SEED) for loss in losses if loss not in maps}
+    runs = {run.key: run for run in results.read_runs(folder, names) if run.key not in lost}
+    pending = [key for key in keys if key not in runs]
+    chosen = sweep.choices(folder, pending)
+    trainings: dict[tuple[int, Setting], list[str]] = {}  # losses that differ only in what follows the training
+    for loss, seed in pending:
+        trainings.setdefault((seed, chosen[loss, seed]), []).append(loss)
+    saver = Saver(folder, settings, command.environment(task) if pending else {}, names, len(runs))
     saved_at, cost = time.monotonic(), 0.0
     try:
         for seed, setting in progress.bar(trainings, "losses x seeds", unit="training", leave=True):
@@ -88,10 +103,10 @@ def train_all(task: protocol.Task, settings: dict, folder: Path) -> None:
             command.check_weights(task, settings)
             runs |= {run.key: run for run in finished}
             if time.monotonic() - saved_at > SAVING_SHARE * cost:
-                cost, saved_at = save(), time.monotonic()
+                cost, saved_at = saver.save([runs[key] for key in keys if key in runs]), time.monotonic()
     finally:
-        if len(runs) > n_saved:
-            save()
+        if len(runs) > saver.n_saved:
+            saver.save([runs[key] for key in keys if key in runs])
 
 
 def train_one(

@@ -41,13 +41,17 @@ def bar(
 
 
 def say(text: str) -> None:
-    """Write a line to standard error, above the bars."""
+    """Write a line to standard error, above the bars. A log that takes no more, on a full disk, ends no training."""
     if sys.stderr is None:
         return
-    if _is_terminal():
-        tqdm.write(text, file=sys.stderr)
-    else:
-        print(text, file=sys.stderr, flush=True)
+    try:
+        if _is_terminal():
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
 
 
 def _is_terminal() -> bool:
