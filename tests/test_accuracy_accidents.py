@@ -274,7 +274,7 @@ def test_an_image_that_vanishes_between_two_readings_is_named(finished_once, tmp
         return make_task(*args)
 
     monkeypatch.setattr(command, "make_task", lose_and_read)
-    assert f"{data / 'dark' / '07.png'}: No such file" in ends(2, run, data, tmp_path / "output")
+    assert f"{data / 'dark' / '07.png'}: not there" in ends(2, run, data, tmp_path / "output")
     assert not (tmp_path / "output").exists()
 
 

@@ -22,7 +22,7 @@ from benchmarks.accuracy.dataset import Dataset, MalformedData, Origin, group_nu
 from benchmarks.accuracy.dataset import MissingData as MissingData  # which load raises, too
 from benchmarks.accuracy.folder import load_folder
 from benchmarks.accuracy.images import is_junk, open_image
-from benchmarks.accuracy.tables import each_once, read_rows, read_text
+from benchmarks.accuracy.tables import each_once, read_rows, text_of
 
 DIGITS = Origin("scikit-learn's load_digits (UCI Optical Recognition of Handwritten Digits)", "CC BY 4.0")
 DIGITS_POOL = 100  # images of each class, of 174 to 183, to draw training and validation from; the others are the test
@@ -180,7 +180,7 @@ def load_elpv(data: Path | None) -> Dataset:
     sheet = (data or _elpv_folder()) / "labels.csv"
     if not sheet.is_file():
         raise ELPV.missing(sheet)
-    cells = [_elpv_cell(line, sheet) for line in read_text(sheet).splitlines()]
+    cells = [_elpv_cell(line, sheet) for line in text_of(sheet).splitlines()]
     if not cells:
         raise MalformedData(f"{sheet}: no lines")
     first, notices = each_once(sheet, [image for image, _ in cells], [label for _, label in cells], "label")

@@ -51,7 +51,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _read_csv(path: Path) -> list[Line]:
-    text = read_text(path)
+    text = text_of(path)
     file = io.StringIO(text, newline="")
     # strict: of a quotation mark that nothing closes, all that follows would become one cell.
     reader = csv.reader(file, delimiter=_delimiter(text), strict=True)
@@ -69,7 +69,7 @@ def _delimiter(text: str) -> str:
     return ";" if header.count(";") > header.count(",") else ","
 
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """A text in UTF-8 or UTF-16, with or without a byte order mark, or in what Windows wrote before.
 
     Raises:
