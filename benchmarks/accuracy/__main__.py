@@ -1,7 +1,8 @@
 """Which loss to train with: each on equal terms; tables, pictures, every prediction, and a recommendation at the end.
 
 ``python -m benchmarks.accuracy --dataset folder --data PATH`` compares the losses on your own images, which lie as
-``class/image.jpg``, and writes ``benchmarks/results/accuracy/folder-efficientnet-lite0-frozen/``. Interrupted, the same
+``CLASS/image.jpg`` or as ``--data`` says below, and writes
+``benchmarks/results/accuracy/folder-efficientnet-lite0-frozen/``; docs/own-images.md says what. Interrupted, the same
 command goes on where it stopped; with other images, labels, weights or settings it is refused, and so is a second one
 on the same folder. What cannot be done is said before an image is read. Exit status: 0; 2 where the message says what
 to put right; 3 where a training diverged; 130 after Ctrl-C.
