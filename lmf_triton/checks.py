@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from . import hints
 from .options import Inputs, LossOptions
 from .reduction import RULES, Normalizer, Number
-from .shapes import class_axis, without_classes
+from .shapes import class_axis, extremes, without_classes
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (
@@ -222,7 +222,7 @@ def check_target(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int
     if target.numel() == 0:
         return 0, 0
     wide = target.long()  # uint8 has no -100, and would compare it as 156
-    low, high = map(int, wide.aminmax())
+    low, high = map(int, extremes(wide))
     if low < 0 or high >= n_classes:
         wrong = ((wide < 0) | (wide >= n_classes)) & (wide != ignore_index)
         if bool(wrong.any()):

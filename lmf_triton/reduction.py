@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .shapes import arithmetic_dtype
+from .shapes import FEW, arithmetic_dtype
 
 
 class Rule(NamedTuple):
@@ -100,7 +100,11 @@ def _given_denominators(totals: Tensor, n_samples: int, left_out: Tensor | None)
 
 def total(per_sample: Tensor, *, on_host: bool) -> Number:
     """The sum: for the host a number, in float64, which costs nothing there; otherwise nothing waits for it."""
-    return float(per_sample.sum(dtype=torch.float64)) if on_host else per_sample.sum()
+    if not on_host:
+        return per_sample.sum()
+    if per_sample.numel() <= FEW:
+        return float(sum(per_sample.flatten().tolist()))
+    return float(per_sample.sum(dtype=torch.float64))
 
 
 def sum_of_terms(coefficients: tuple[float, float], sums: Pair, divided_by: Pair) -> Number:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+FEW = 64  # up to so many values Python looks at each in less time than PyTorch starts one operation
+
 
 def class_axis(shape: Sequence[int]) -> int:
     """The axis of the classes in logits of shape ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``."""
@@ -36,6 +38,23 @@ def is_traced() -> bool:
 def arithmetic_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of the arithmetic and of the loss."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value; the host waits for them. NaN is seen where there are more than ``FEW``."""
+    if tensor.numel() > FEW:
+        low, high = tensor.aminmax()
+        return low.item(), high.item()
+    values = tensor.flatten().tolist()
+    return min(values), max(values)
+
+
+def are_within(tensor: Tensor, low: float, high: float) -> bool:
+    """Whether all values are from low to high, which NaN is not; the host waits for it."""
+    if tensor.numel() > FEW:
+        smallest, largest = extremes(tensor)
+        return smallest >= low and largest <= high
+    return all(low <= value <= high for value in tensor.flatten().tolist())
 
 
 def on_host(tensor: Tensor) -> bool:

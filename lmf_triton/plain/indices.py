@@ -22,11 +22,10 @@ from .terms import LOG2_E, MAX_MARGIN, MIN_ODDS, focal_by_gap, focal_by_odds, ld
 # the caches, and larger ones gain nothing.
 CHUNK_ELEMENTS = 1 << 22
 
-FEW_CLASSES = 16  # up to here Python's look at each margin takes less time than PyTorch's at the extremes
-
 # From this many classes on, where they lie side by side, PyTorch's softmax is faster than its parts one by one: on the
 # same machine by a fifth at 1000 classes, while at 8 it takes five times as long.
 SOFTMAX_CLASSES = 32
+SMALL = 4096  # logits, of which the start of an operation takes longer than all its arithmetic
 
 
 class _Settings(NamedTuple):
@@ -180,29 +179,29 @@ def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
         return False
     if margins is None:
         return True
-    bounds = margins.tolist() if len(margins) <= FEW_CLASSES else map(float, margins.aminmax())
-    return all(abs(bound) <= MAX_MARGIN for bound in bounds)
+    return shapes.are_within(margins, -MAX_MARGIN, MAX_MARGIN)
 
 
 def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:
     """LDAM and focal loss, as far as needed, from the odds against the target: e^u of the gap u, without logarithm."""
     options, margins, with_grad = settings.options, settings.margins, settings.with_grad
-    exps, index = _exponentials(logits, work_space), classes.unsqueeze(1)
+    index = classes.unsqueeze(1)
+    exps, are_normalised = _exponentials(logits, work_space)
     of_target = exps.gather(1, index)
     exps.scatter_(1, index, torch.zeros_like(of_target))  # PyTorch is twice as slow with a number in a tensor's place
     others = _Others(exps, exps.sum(1))
-    odds = others.total / of_target.squeeze(1)
-    low, high = map(float, odds.aminmax())  # cheaper than a mask, which is seldom needed
+    p, q = of_target.squeeze(1), others.total
+    odds = q / p
     extreme = None  # indices of samples out of bounds, or NaN
-    if not (low >= MIN_ODDS and high <= 1 / MIN_ODDS):
+    if not shapes.are_within(odds, MIN_ODDS, 1 / MIN_ODDS):
         extreme = (~((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS))).nonzero(as_tuple=True)
 
     ldam = focal = None
     if options.has_ldam:
-        ldam_odds = odds if margins is None else odds * of_classes(margins.exp(), classes)
-        ldam = _Term(*ldam_by_odds(ldam_odds, with_grad), others)
+        q_ldam = q if margins is None else of_classes(margins.exp(), classes).mul_(q)
+        ldam = _Term(*ldam_by_odds(p, q_ldam, with_grad), others)
     if options.has_focal:
-        focal = _Term(*focal_by_odds(odds, options.gamma, with_grad), others)
+        focal = _Term(*focal_by_odds(p, q, None if are_normalised else p + q, options.gamma, with_grad), others)
 
     if extreme is not None:  # the few are computed by themselves
         rows = logits.movedim(1, -1)[extreme].to(exps.dtype)
@@ -222,14 +221,14 @@ def _overwrite(terms: _Terms, chosen: tuple[Tensor, ...], by: _Terms) -> None:
         term.others.exps.movedim(1, -1)[chosen], term.others.total[chosen] = new.others
 
 
-def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
-    """e^logits, up to a factor for each sample that keeps it within bounds."""
+def _exponentials(logits: Tensor, work_space: Tensor) -> tuple[Tensor, bool]:
+    """e^logits, up to a factor for each sample that keeps it within bounds; and whether it makes their sum 1."""
     logits = logits if logits.dtype == work_space.dtype else work_space.copy_(logits)
-    if logits.shape[1] >= SOFTMAX_CLASSES and logits.stride(1) == 1:
+    if logits.numel() <= SMALL or (logits.shape[1] >= SOFTMAX_CLASSES and logits.stride(1) == 1):
         torch.softmax(logits.movedim(1, -1), -1, out=work_space.movedim(1, -1))
-    else:
-        torch.sub(logits, logits.amax(1, keepdim=True), out=work_space).mul_(LOG2_E).exp2_()
-    return work_space
+        return work_space, True
+    torch.sub(logits, logits.amax(1, keepdim=True), out=work_space).mul_(LOG2_E).exp2_()
+    return work_space, False
 
 
 def _evaluate_by_gaps(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:

@@ -121,7 +121,7 @@ class _Leader(NamedTuple):
 
     number: Tensor
     p: Tensor
-    odds: Tensor  # against it
+    q: Tensor  # of all others together
     share: Tensor
 
 
@@ -358,7 +358,8 @@ def _by_softmax(
     if leader is not None:
         of_leader, slope = _of_leader(leader, view, settings)
         losses.add_(of_leader.squeeze(1))
-        within.logical_and_(((leader.odds >= MIN_ODDS) & (leader.odds <= 1 / MIN_ODDS)).squeeze(1))
+        odds = leader.q / leader.p
+        within.logical_and_(((odds >= MIN_ODDS) & (odds <= 1 / MIN_ODDS)).squeeze(1))
     if settings.with_grad:
         buffers.slopes.mul_(shares)
         _fill_gradient(grad, buffers, leader, None if slope is None else slope.mul_(of_h))
@@ -398,7 +399,7 @@ def _set_leader_apart(shares: Tensor, buffers: _Buffers) -> _Leader:
     number = number.nan_to_num_(0).clamp_max_(n_classes - 1).long()  # two halves may both be rounded up
     p_leader = p.gather(1, number)
     p_others = p.scatter_(1, number, torch.zeros_like(p_leader)).sum(1, keepdim=True)
-    return _Leader(number, p_leader, p_others / p_leader, shares.gather(1, number))
+    return _Leader(number, p_leader, p_others, shares.gather(1, number))
 
 
 def _fill_losses_and_slopes(view: _View, of_h: float, settings: _Settings, buffers: _Buffers) -> None:
@@ -464,12 +465,12 @@ def _of_leader(leader: _Leader, view: _View, settings: _Settings) -> _Terms:
     """The leader's losses and slopes, times its share."""
     ldam = focal = None
     if view.ldam is not None:
-        odds = leader.odds
+        q = leader.q
         if view.margins is not None:
-            odds = odds * of_classes(view.margins.exp(), leader.number)
-        ldam = ldam_by_odds(odds, settings.with_grad)
+            q = q * of_classes(view.margins.exp(), leader.number)
+        ldam = ldam_by_odds(leader.p, q, settings.with_grad)
     if view.focal is not None:
-        focal = focal_by_odds(leader.odds, settings.gamma, settings.with_grad)
+        focal = focal_by_odds(leader.p, leader.q, None, settings.gamma, settings.with_grad)
     losses, slopes = _sum(view, ldam, focal)
     return losses.mul_(leader.share), None if slopes is None else slopes.mul_(leader.share)
 
@@ -487,7 +488,7 @@ def _fill_gradient(grad: Tensor, buffers: _Buffers, leader: _Leader | None, slop
     p, h = buffers.p, buffers.slopes
     sum_h = whole = h.sum(1, keepdim=True)
     if leader is not None and slope is not None:
-        whole = sum_h + slope + slope / leader.odds
+        whole = sum_h + slope + slope * leader.p / leader.q
     if _classes_are_last(buffers):
         torch.addcmul(h, p, whole, value=-1, out=grad)
     else:

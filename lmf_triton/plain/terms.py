@@ -7,6 +7,7 @@ derivatives in ``u``.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,20 +21,22 @@ LOG2_E = math.log2(math.e)  # PyTorch takes exp2 in a third of exp's time, or le
 BIG = 1e30  # stands for infinity where inf would meet a factor 0, as in fused/math.py
 
 
-def ldam_by_odds(odds: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """LDAM of samples with these odds, margins included."""
-    slope = (odds + 1).reciprocal_().mul_(odds) if with_slope else None
-    return odds.log1p(), slope
+def ldam_by_odds(p: Tensor, q: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """LDAM of samples, margins included: ``p`` of the target and ``q`` of the others together, up to a factor."""
+    slope = (p + q).reciprocal_().mul_(q) if with_slope else None
+    return (q / p).log1p_(), slope
 
 
-def focal_by_odds(odds: Tensor, gamma: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Focal loss of samples with these odds."""
+def focal_by_odds(
+    p: Tensor, q: Tensor, whole: Tensor | None, gamma: float, with_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Focal loss of samples: ``p`` of the target and ``q`` of the others together, times ``whole``, or times 1."""
+    odds = q / p
     nll = odds.log1p()
-    factor = odds.reciprocal().log1p_().mul_(-gamma * LOG2_E).exp2_()  # (1 - p)^gamma, by -log(1 - p)
+    factor = odds.reciprocal_().log1p_().mul_(-gamma * LOG2_E).exp2_()  # (1 - p)^gamma; a power of q is less exact
     slope = None
     if with_slope:
-        p = (odds + 1).reciprocal_()
-        slope = (odds * p).addcmul_(p, nll, value=gamma).mul_(factor)
+        slope = torch.addcmul(q, p, nll, value=gamma).mul_(factor if whole is None else factor / whole)
     return nll.mul_(factor), slope
 
 
