@@ -88,6 +88,20 @@ def test_few_seeds_one_test_part_and_nothing_to_compare_are_said():
     assert "share one test part" not in compare.recommendation(make_results(better))
 
 
+def test_where_groups_could_matter_and_were_not_given_it_is_said():
+    for groups, is_said in (None, False), ("given", False), ("none given", True), ("given, not used", True):
+        advice = compare.recommendation(make_results({"lmf": (-5, 40)}, groups=groups))
+        assert ("better than they will be on new patients" in advice) == is_said
+
+
+def test_what_the_seeds_chose_is_said_with_the_code():
+    found = make_results({"cross-entropy-posthoc-tuned": (-5, 40)})
+    assert "The seeds chose" not in compare.recommendation(found)
+    runs = [dataclasses.replace(run, choice=f"tau 0.{run.seed % 2}") for run in found.runs]
+    advice = compare.recommendation(dataclasses.replace(found, runs=tuple(runs)))
+    assert "The seeds chose tau 0.0, tau 0.1: choose yours on a validation part." in advice
+
+
 def test_differences_are_paired_by_seed_and_corrected_for_overlap_and_comparisons():
     """Whatever order the runs come in. The scores differ from seed to seed by much more than the losses do."""
     found = make_results({"lmf": (-5, 40), "focal": (0, 0.5)})

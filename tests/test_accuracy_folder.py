@@ -88,6 +88,12 @@ def test_parts_are_put_together(parts, tmp_path):
     assert f"{parts[0]} (3)" in notice and f"{parts[1]} (2)" in notice and "own split" in notice
 
 
+def test_a_loose_image_beside_classes_is_named_in_whatever_folder_they_lie(tmp_path):
+    for outer in "", "archive/", "archive/data/":
+        write(tmp_path / outer.replace("/", "-"), *(f"{outer}{name}.png" for name in ("nv/a", "mel/b", "loose")))
+        assert "1 image (loose.png) beside the folders of the classes" in refusal(tmp_path / outer.replace("/", "-"))
+
+
 def test_a_part_without_images_is_said_to_be_so(tmp_path):
     write(tmp_path, "train/nv/a.png", "train/mel/a.png", "val/")
     (notice,) = load("folder", tmp_path).notices
@@ -152,7 +158,8 @@ def test_files_that_may_be_images_of_another_kind_are_not_left_out_without_a_wor
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    (notice,) = load("folder", tmp_path).notices
+    notice, on_table = load("folder", tmp_path).notices
+    assert "not read: x.csv" in on_table and "groups.csv" in on_table
     for words in ("2 .heic (mel/sub/d.HEIC)", "2 without a suffix (LICENSE)", "1 .dcm (nv/e.dcm)", "1 .gz (f.nii.gz)"):
         assert words in notice
     assert ".txt" not in notice and ".csv" not in notice and ".webp" in notice  # the last, of what is taken

@@ -153,7 +153,14 @@ def test_images_that_are_not_in_the_table_are_named(tmp_path):
     assert "4 of 6 images are not in it" in message and "an empty group" in message
     for name in (IMAGES[1], IMAGES[2], IMAGES[4], IMAGES[5]):
         assert f"\n  {name}\n" in message
-    assert "1 line of it are of no image here: nv/9.png" in message.replace("is of", "are of")
+    assert "Lines for which there is no image here: 1 (nv/9.png)" in message.replace("is of", "are of")
+
+
+def test_a_table_of_other_images_altogether(tmp_path):
+    data = write(tmp_path / "data")
+    table = write_table(tmp_path / "t.csv", [f"Z:\\study\\{i}.tif" for i in range(10, 16)])
+    with pytest.raises(MalformedData, match=r"no line is of an image here\. It has Z:.*; the folder has mel/1\.png"):
+        load("folder", data, table)
 
 
 def test_lines_of_images_that_are_not_there_are_said_to_be_so(tmp_path):
@@ -162,7 +169,7 @@ def test_lines_of_images_that_are_not_there_are_said_to_be_so(tmp_path):
     table.write_text(table.read_text() + "nv/9.png,p1\nother/1.png,p7\n")
     dataset = load("folder", data, table)
     assert dataset.groups.tolist() == GROUPS
-    assert "2 lines of it are of no image here: nv/9.png, other/1.png" in notice_of(dataset, "t.csv")
+    assert "Lines for which there is no image here: 2 (nv/9.png, other/1.png)" in notice_of(dataset, "t.csv")
 
 
 def test_an_image_of_two_patients_is_refused_and_a_line_that_repeats_another_is_not(tmp_path):

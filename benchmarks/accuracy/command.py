@@ -27,12 +27,14 @@ from benchmarks.accuracy import (
     results,
     splits,
 )
+from benchmarks.accuracy.dataset import named
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = measure.ROOT / "benchmarks" / "cache"  # of features; Git ignores it
 SEEDS = 10
 MODEL = "efficientnet-lite0-frozen"  # the quickest that is worth something on photographs
 SPLITS = ("grouped", "random")
+CLASSES_NAMED = 10  # in the first line of a command
 PACKAGES = ("captum", "efficientnet-lite-pytorch", "matplotlib", "numpy", "pillow", "scikit-learn", "scipy", "timm")
 USER_ERRORS = (
     data.MissingData,
@@ -158,7 +160,7 @@ def _path(text: str) -> Path:
 def _file(text: str) -> Path:
     path = _path(text)
     if not path.is_file():
-        raise argparse.ArgumentTypeError(f"no such file: {path}")
+        raise argparse.ArgumentTypeError(f"no such file: {path.absolute()}")
     return path
 
 
@@ -206,9 +208,16 @@ def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
     model = replace(model, **{name: value for name, value in options.items() if value is not None})
     beforehand.check_model(model, args.weights)
     dataset = beforehand.check_classes(data.load(args.dataset, args.data, args.groups))
+    of_classes = zip(dataset.class_names, splits.class_counts(dataset, np.arange(len(dataset))), strict=True)
+    progress.say(
+        f"{dataset.name}: {len(dataset):,} images in {dataset.n_classes} classes: "
+        f"{named((f'{name} {n:,}' for name, n in of_classes), CLASSES_NAMED)}."
+    )
     for notice in dataset.notices:
         progress.say(notice)
     if args.split == "random":
+        if dataset.groups_given:
+            progress.say("Note: with --split random these groups are not used.")
         dataset = protocol.by_image(dataset)
     if args.quick:
         dataset = protocol.shrink(dataset)
@@ -287,8 +296,8 @@ def _own_images(dataset: data.Dataset) -> dict[str, object]:
     """Settings of a user's own images alone, which nobody else has: whether they are grouped, and how they are read."""
     if dataset.groups_given is None:
         return {}
-    used = "given" if dataset.groups is not None else "given, not used"
-    return {results.GROUPS: used if dataset.groups_given else "none given", "reading": images.READING}
+    used = results.GIVEN if dataset.groups is not None else results.NOT_USED
+    return {results.GROUPS: used if dataset.groups_given else results.NOT_GIVEN, "reading": images.READING}
 
 
 def _descriptions(n_classes: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.accuracy import results
+from benchmarks.accuracy.dataset import counted
 from benchmarks.accuracy.methods import BASELINE, METHODS
 from benchmarks.accuracy.results import Metrics, Run, metrics
 
@@ -79,6 +80,7 @@ class Results:
     has_own_test: bool  # every seed has a test part of its own
     is_quick: bool  # a trial of the command, of few images and epochs
     runs: tuple[Run, ...]
+    groups: str | None = None  # of a user's own images: whether their groups were given
 
     @property
     def losses(self) -> list[str]:
@@ -141,6 +143,7 @@ def read(folder: Path) -> Results:
         counts={part: np.mean([of_seed[part] for of_seed in counts], axis=0) for part in counts[0]},
         has_own_test=settings[results.DATA]["test set"] is None,
         is_quick=settings["quick"],
+        groups=settings.get(results.GROUPS),
         runs=tuple(run for run in runs if run.seed in finished),
     )
 
@@ -173,8 +176,9 @@ def recommendation(found: Results) -> str:
         return f"Nothing to recommend: {diverged(found)} {REMEDY}\n"
     if found.n_seeds == 1:
         return "Nothing to recommend: one seed says nothing about chance. The same command with --seeds 10 goes on.\n"
+    n_losses = counted(len(found.compared), "loss")
     lines = [
-        f"What to train with, by {found.title}, {found.n_seeds} seeds, {len(found.compared)} losses beside {BASELINE}.",
+        f"What to train with, by {found.title}, {found.n_seeds} seeds, {n_losses} beside {BASELINE}.",
         "Macro-F1 counts false alarms of the rare classes, balanced accuracy counts only what is found of them. The "
         f"intervals are {100 * CONFIDENCE:.0f} %, for all losses together.",
     ]
@@ -183,7 +187,15 @@ def recommendation(found: Results) -> str:
     for figure in FIGURES:
         lines += [f"- {_advice(found, figure)}", *_warning(found, figure)]
     if found.n_seeds < FEW_SEEDS:
-        lines.append(f"- {found.n_seeds} seeds show large differences only; the same command with --seeds 10 goes on.")
+        lines.append(
+            f"- Provisional: {found.n_seeds} seeds show large differences only, and the next may undo them. The same "
+            "command with --seeds 10 goes on; to stop where a result pleases is to choose it."
+        )
+    if found.groups in (results.NOT_GIVEN, results.NOT_USED):
+        lines.append(
+            f"- Groups of images: {found.groups}. If several images are of one patient, all figures are better than "
+            "they will be on new patients (docs/own-images.md)."
+        )
     if not found.has_own_test:
         lines.append("- All seeds share one test part: the intervals say nothing of other images to train or test on.")
     return "\n".join(lines) + "\n"
@@ -214,8 +226,14 @@ def _advice(found: Results, figure: str) -> str:
     also = f" Better beyond chance, too: {', '.join(others)}." if others else ""
     return (
         f"{figure}: {best}, {gain} points over {BASELINE} ({score:.1f} %), beyond chance. It changes {other} by "
-        f"{points(found.difference(best, other))}. In code: {METHODS[best].code}.{also}"
+        f"{points(found.difference(best, other))}. In code: {METHODS[best].code}.{_chosen(found, best)}{also}"
     )
+
+
+def _chosen(found: Results, loss: str) -> str:
+    """What the seeds chose on their validation parts, each for itself."""
+    chosen = sorted({run.choice for run in found.runs if run.loss == loss and run.choice})
+    return f" The seeds chose {', '.join(chosen)}: choose yours on a validation part." if chosen else ""
 
 
 def _warning(found: Results, figure: str) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.accuracy import images
 from benchmarks.accuracy.dataset import Dataset
-from benchmarks.accuracy.groups import find_table, join, read_table
+from benchmarks.accuracy.groups import find_table, join, on_other_tables, read_table
 from benchmarks.accuracy.layout import FOLDER, find_classes, scan
 
 
@@ -28,7 +28,7 @@ def load_folder(data: Path | None, table: Path | None = None) -> Dataset:
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(of_class) for of_class in classes.values()])
     _check_files(paths)
     table = table or find_table(root.others)
-    given, on_table = (None, []) if table is None else read_table(table, root.path, paths)
+    given, on_table = (None, on_other_tables(root.others)) if table is None else read_table(table, root.path, paths)
     groups, on_identical = join(root.path, paths, labels, given, images.identical(paths))
     return Dataset(
         name="folder",

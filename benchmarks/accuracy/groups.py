@@ -8,15 +8,16 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from benchmarks.accuracy.dataset import NAMED, NO_GROUP, MalformedData, counted, group_numbers, listed, named, numbered
-from benchmarks.accuracy.tables import read_lines
+from benchmarks.accuracy.tables import WORKBOOK_SUFFIXES, read_lines
 
 TABLE = "groups.csv"
+TABLE_SUFFIXES = (".csv", ".tsv", ".xls", *WORKBOOK_SUFFIXES)
 # Of the two columns of a table, the one before the other where it has both: a patient may have several lesions.
 TITLES = (
     ("image", "file", "filename", "file_name", "image_name", "image_id", "path"),
     ("group", "patient", "patient_id", "lesion", "lesion_id"),
 )
-SHOWN = 10  # sets of images that are the same
+SHOWN = 10  # lines of a warning or error
 
 Entry = tuple[int, str, str]  # number of the line, image, group
 
@@ -24,6 +25,17 @@ Entry = tuple[int, str, str]  # number of the line, image, group
 def find_table(files: Iterable[Path]) -> Path | None:
     """The table that lies in the folder of the images."""
     return next((path for path in files if path.name.casefold() == TABLE), None)
+
+
+def on_other_tables(files: Iterable[Path]) -> list[str]:
+    """A word on tables that lie in the folder of the images, where none was given: one may be meant."""
+    tables = [path.name for path in files if path.suffix.lower() in TABLE_SUFFIXES]
+    if not tables:
+        return []
+    return [
+        f"Warning: not read: {named(tables)}. A table that says which images are of one patient is named {TABLE}, or "
+        "given as --groups."
+    ]
 
 
 def read_table(table: Path, root: Path, paths: Sequence[Path]) -> tuple[list[str], list[str]]:
@@ -45,23 +57,29 @@ def read_table(table: Path, root: Path, paths: Sequence[Path]) -> tuple[list[str
         else:
             unknown.append(image)
     if ambiguous:
-        raise MalformedData(f"{table}: images that cannot be told from others of the same name:\n{listed(ambiguous)}")
+        raise MalformedData(
+            f"{table}: images that cannot be told from others of the same name:\n{listed(ambiguous, SHOWN)}"
+        )
     if twice := [i for i, said in groups.items() if len(said) > 1]:
         reasons = [f"{paths[i].relative_to(root).as_posix()}: {named(map(repr, sorted(groups[i])))}" for i in twice]
         raise MalformedData(
             f"{table}: {counted(len(twice), 'image')} listed with more than one group:\n{listed(reasons)}"
         )
     if absent := [path.relative_to(root).as_posix() for i, path in enumerate(paths) if i not in groups]:
+        if not groups:
+            raise MalformedData(
+                f"{table}: no line is of an image here. It has {named(unknown)}; the folder has {named(absent)}."
+            )
         raise MalformedData(
             f"{table}: {len(absent):,} of {len(paths):,} images are not in it (an image that is alone needs a line "
-            f"with an empty group):\n{listed(absent)}{_on_unknown(unknown)}"
+            f"with an empty group):\n{listed(absent, SHOWN)}{_on_unknown(unknown)}"
         )
     of_images = [groups[i].pop() for i in range(len(paths))]
     return of_images, [_summary(table, of_images) + _on_unknown(unknown)]
 
 
 def _on_unknown(images: Sequence[str]) -> str:
-    return f"\n{counted(len(images), 'line')} of it are of no image here: {named(images)}" if images else ""
+    return f"\nLines for which there is no image here: {len(images):,} ({named(images)})" if images else ""
 
 
 def _summary(table: Path, groups: Sequence[str]) -> str:
@@ -141,8 +159,11 @@ def join(
     across_classes = [of_image for of_image in same if len(set(labels[of_image])) > 1]
     within = [of_image for of_image in same if len(set(labels[of_image])) == 1]
     sentences = (
-        (across_classes, "the same image in more than one class, where at most one is right"),
-        (within, "the same image more than once; with --split grouped, all of it is in one part of a split"),
+        (
+            across_classes,
+            "the same image in more than one class, where at most one is right; it is used in each",
+        ),
+        (within, "the same image more than once; all of it is in one part of each split, unless with --split random"),
         (across_groups, "the same image in more than one group of the table; they are one group now"),
     )
     notices = [f"Warning: {text}:\n{_listed(root, paths, sets)}" for sets, text in sentences if sets]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.accuracy.dataset import MalformedData, Origin, counted, named
+from benchmarks.accuracy.dataset import MalformedData, MissingData, Origin, counted, named
 from benchmarks.accuracy.images import IMAGE_SUFFIXES, is_image, is_junk
 
 FOLDER = Origin("your own images, one folder a class", "yours")
@@ -61,12 +61,12 @@ def scan(data: Path | None) -> Place:
         MalformedData: a folder cannot be read, or is there twice by a link.
     """
     if data is not None and data.is_file():
-        raise FOLDER.missing(f"{data} is a file, not a folder: an archive must be unpacked\n{LAYOUTS}")
+        raise _missing(f"{data} is a file, not a folder: an archive must be unpacked\n{LAYOUTS}")
     if data is None or not data.is_dir():
-        raise FOLDER.missing(f"{data or '--data'}, a folder with class/image.jpg\n{LAYOUTS}")
+        raise _missing(f"{data or '--data'}, a folder with class/image.jpg\n{LAYOUTS}")
     root = _scan(data, (), {})
     if not root.images and not root.folders:
-        raise FOLDER.missing(f"{data / 'class'}, a folder with the images of a class\n{data} {_holds(root)}\n{LAYOUTS}")
+        raise _missing(f"{data / 'class'}, a folder with the images of a class\n{data} {_holds(root)}\n{LAYOUTS}")
     return root
 
 
@@ -120,11 +120,16 @@ def find_classes(root: Place) -> tuple[dict[str, list[Path]], list[str]]:
 def _within_outer(root: Place) -> tuple[Place, list[str]]:
     """The folder with those of the classes: not one around it, as archives have."""
     top = root
-    while not top.images and len(top.folders) == 1 and top.folders[0].folders and not top.folders[0].images:
+    while not top.images and len(top.folders) == 1 and _has_classes(top.folders[0]):
         (top,) = top.folders
     if top is root:
         return top, []
     return top, [f"Note: the classes are the folders in {top.path.relative_to(root.path)}."]
+
+
+def _has_classes(place: Place) -> bool:
+    """Whether folders of classes are in it, be there loose images beside them, which are refused then."""
+    return len(place.filled()) > 1 if place.images else bool(place.folders)
 
 
 def _check_no_loose_images(root: Place, top: Place) -> None:
@@ -148,9 +153,7 @@ def _parts(root: Place, top: Place) -> list[Place]:
             f"{_names(others)}, as if those were classes",
         )
     if parts and not any(place.all_images() for place in parts):
-        raise FOLDER.missing(
-            f"images: {named(f'{place.path} {_holds(place)}' for place in parts)}\n{SUFFIXES}\n{LAYOUTS}"
-        )
+        raise _missing(f"images: {named(f'{place.path} {_holds(place)}' for place in parts)}\n{SUFFIXES}\n{LAYOUTS}")
     if loose := [place for place in parts if place.images]:
         images = named(f"{len(place.images):,} in {place.name}" for place in loose)
         raise _not_taken(root, f"images that are in no folder of a class: {images}")
@@ -179,7 +182,7 @@ def _check_none_is_empty(root: Place, classes: dict[str, list[Path]], folders: S
         filled = [folder for folder in folders if folder not in empty]
         inner = len(filled) == 1 and len(filled[0].filled()) > 1
         hint = f"\nIf the classes are the folders in {filled[0].path}, give that as --data." if inner else ""
-        raise FOLDER.missing(f"no image of this class: {contents}{hint}\n{SUFFIXES}\n{LAYOUTS}")
+        raise _missing(f"no image of this class: {contents}{hint}\n{SUFFIXES}\n{LAYOUTS}")
     if len(classes) < 2:
         raise _not_taken(root, f"one class only, {named(classes)}, and two are needed at least")
 
@@ -232,6 +235,11 @@ def _kinds(place: Place, paths: Iterable[Path]) -> str:
 
 def _names(places: Iterable[Place]) -> str:
     return named(place.name for place in places)
+
+
+def _missing(what: str) -> MissingData:
+    """The error for images that are not there; nobody else has them."""
+    return MissingData(f"missing: {what}")
 
 
 def _not_taken(root: Place, found: str) -> MalformedData:
