@@ -28,6 +28,7 @@ from benchmarks.accuracy import (
     splits,
 )
 from benchmarks.accuracy.dataset import named
+from benchmarks.accuracy.wording import in_one_line
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "accuracy"
 CACHE = measure.ROOT / "benchmarks" / "cache"  # of features; Git ignores it
@@ -211,7 +212,7 @@ def load(args: argparse.Namespace) -> tuple[data.Dataset, models.Model]:
     of_classes = zip(dataset.class_names, splits.class_counts(dataset, np.arange(len(dataset))), strict=True)
     progress.say(
         f"{dataset.name}: {len(dataset):,} images in {dataset.n_classes} classes: "
-        f"{named((f'{name} {n:,}' for name, n in of_classes), CLASSES_NAMED)}."
+        f"{named((f'{in_one_line(name)} {n:,}' for name, n in of_classes), CLASSES_NAMED)}."
     )
     for notice in dataset.notices:
         progress.say(notice)

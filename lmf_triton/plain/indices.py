@@ -185,8 +185,7 @@ def _odds_may_be_used(options: LossOptions, margins: Tensor | None) -> bool:
 def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:
     """LDAM and focal loss, as far as needed, from the odds against the target: e^u of the gap u, without logarithm."""
     options, margins, with_grad = settings.options, settings.margins, settings.with_grad
-    index = classes.unsqueeze(1)
-    exps, are_normalised = _exponentials(logits, work_space)
+    exps, index = _exponentials(logits, work_space), classes.unsqueeze(1)
     of_target = exps.gather(1, index)
     exps.scatter_(1, index, torch.zeros_like(of_target))  # PyTorch is twice as slow with a number in a tensor's place
     others = _Others(exps, exps.sum(1))
@@ -201,7 +200,7 @@ def _evaluate_by_odds(logits: Tensor, classes: Tensor, settings: _Settings, work
         q_ldam = q if margins is None else of_classes(margins.exp(), classes).mul_(q)
         ldam = _Term(*ldam_by_odds(p, q_ldam, with_grad), others)
     if options.has_focal:
-        focal = _Term(*focal_by_odds(p, q, None if are_normalised else p + q, options.gamma, with_grad), others)
+        focal = _Term(*focal_by_odds(p, q, options.gamma, with_grad), others)
 
     if extreme is not None:  # the few are computed by themselves
         rows = logits.movedim(1, -1)[extreme].to(exps.dtype)
@@ -221,14 +220,14 @@ def _overwrite(terms: _Terms, chosen: tuple[Tensor, ...], by: _Terms) -> None:
         term.others.exps.movedim(1, -1)[chosen], term.others.total[chosen] = new.others
 
 
-def _exponentials(logits: Tensor, work_space: Tensor) -> tuple[Tensor, bool]:
-    """e^logits, up to a factor for each sample that keeps it within bounds; and whether it makes their sum 1."""
+def _exponentials(logits: Tensor, work_space: Tensor) -> Tensor:
+    """e^logits, up to a factor for each sample that keeps it within bounds."""
     logits = logits if logits.dtype == work_space.dtype else work_space.copy_(logits)
     if logits.numel() <= SMALL or (logits.shape[1] >= SOFTMAX_CLASSES and logits.stride(1) == 1):
         torch.softmax(logits.movedim(1, -1), -1, out=work_space.movedim(1, -1))
-        return work_space, True
-    torch.sub(logits, logits.amax(1, keepdim=True), out=work_space).mul_(LOG2_E).exp2_()
-    return work_space, False
+    else:
+        torch.sub(logits, logits.amax(1, keepdim=True), out=work_space).mul_(LOG2_E).exp2_()
+    return work_space
 
 
 def _evaluate_by_gaps(logits: Tensor, classes: Tensor, settings: _Settings, work_space: Tensor) -> _Terms:

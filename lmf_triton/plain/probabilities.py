@@ -470,7 +470,7 @@ def _of_leader(leader: _Leader, view: _View, settings: _Settings) -> _Terms:
             q = q * of_classes(view.margins.exp(), leader.number)
         ldam = ldam_by_odds(leader.p, q, settings.with_grad)
     if view.focal is not None:
-        focal = focal_by_odds(leader.p, leader.q, None, settings.gamma, settings.with_grad)
+        focal = focal_by_odds(leader.p, leader.q, settings.gamma, settings.with_grad)
     losses, slopes = _sum(view, ldam, focal)
     return losses.mul_(leader.share), None if slopes is None else slopes.mul_(leader.share)
 

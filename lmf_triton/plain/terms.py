@@ -27,16 +27,14 @@ def ldam_by_odds(p: Tensor, q: Tensor, with_slope: bool) -> tuple[Tensor, Tensor
     return (q / p).log1p_(), slope
 
 
-def focal_by_odds(
-    p: Tensor, q: Tensor, whole: Tensor | None, gamma: float, with_slope: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Focal loss of samples: ``p`` of the target and ``q`` of the others together, times ``whole``, or times 1."""
+def focal_by_odds(p: Tensor, q: Tensor, gamma: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Focal loss of samples: ``p`` of the target and ``q`` of the others together, up to a factor."""
     odds = q / p
     nll = odds.log1p()
     factor = odds.reciprocal_().log1p_().mul_(-gamma * LOG2_E).exp2_()  # (1 - p)^gamma; a power of q is less exact
     slope = None
     if with_slope:
-        slope = torch.addcmul(q, p, nll, value=gamma).mul_(factor if whole is None else factor / whole)
+        slope = torch.addcmul(q, p, nll, value=gamma).mul_(factor).div_(p + q)  # a softmax of many is not quite 1
     return nll.mul_(factor), slope
 
 
