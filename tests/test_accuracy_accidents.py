@@ -74,6 +74,7 @@ def ends(capsys, monkeypatch):
     """
     monkeypatch.setattr(progress, "LINE_SECONDS", float("inf"))
     former = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    former[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def call(status: int, function, *args, **options) -> str:
         capsys.readouterr()
